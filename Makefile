@@ -1,0 +1,57 @@
+# make demo [FILE=model.gguf]   inspect a GGUF file and run its MoE layers (makes a small one by itself)
+# make test                     the tests
+# make lint                     formatting, lint and types
+# make sanitize                 the C++ side under AddressSanitizer and UndefinedBehaviorSanitizer
+# make cuda                     compile the CUDA kernels, with or without a GPU
+# make bench                    CPU speed against ggml
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt $(shell find ffi -type f 2>/dev/null)
+# Compilers take what the machine has; two at a time fit into the memory of small machines.
+export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
+
+.PHONY: demo test lint format sanitize cuda bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m jax_moe demo $(FILE)
+
+test: $(VENV)/installed
+	$(BIN)/pytest -n auto $(ARGS)
+
+bench: $(VENV)/installed
+	$(BIN)/python -m jax_moe bench $(ARGS)
+
+lint: $(VENV)/linted
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/linted
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+
+$(VENV)/installed: $(SOURCES) | $(VENV)/bin/pip
+	$(BIN)/pip install -q -e '.[test]'
+	@touch $@
+
+$(VENV)/linted: pyproject.toml $(VENV)/installed
+	$(BIN)/pip install -q -e '.[test,lint]'
+	@touch $@
+
+# A build of its own beside the sources' tests: Python loads the sanitised module through a copy of the package.
+sanitize: $(VENV)/installed
+	$(BIN)/pip install -q nanobind cmake ninja
+	tools/sanitize.sh $(BIN)
+
+cuda: $(VENV)/installed
+	$(BIN)/pip install -q nanobind cmake ninja
+	tools/compile_cuda.sh $(BIN)
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,126 @@
+#include "ffi/cuda/check.h"
+
+#include <initializer_list>
+
+#include "ffi/cuda/packed_formats.h"
+
+namespace jax_moe::cuda {
+namespace {
+
+int SharedMemoryLimit() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
+int64_t DenseBytes(Element type) { return type == Element::kF32 ? 4 : 2; }
+
+}  // namespace
+
+ffi::Error Invalid(const std::string& op, const std::string& what) {
+  return ffi::Error::InvalidArgument(op + ": " + what);
+}
+
+ffi::Error CudaError(const std::string& op, cudaError_t status) {
+  if (status == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(op + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
+}
+
+std::string ShapeOf(const ffi::AnyBuffer& buffer) {
+  std::string text = "[";
+  for (const int64_t dim : buffer.dimensions()) {
+    if (text.size() > 1) text += ", ";
+    text += std::to_string(dim);
+  }
+  return text + "]";
+}
+
+std::optional<Element> ElementOf(ffi::DataType type) {
+  switch (type) {
+    case ffi::DataType::F32:
+      return Element::kF32;
+    case ffi::DataType::F16:
+      return Element::kF16;
+    case ffi::DataType::BF16:
+      return Element::kBF16;
+    default:
+      return std::nullopt;
+  }
+}
+
+bool IsAligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+ffi::ErrorOr<Weight> ReadWeight(const std::string& op, const char* name,
+                                const ffi::AnyBuffer& buffer, int format) {
+  const auto fail = [&](const std::string& what) {
+    return ffi::Unexpected(Invalid(op, name + (" " + what)));
+  };
+  const auto dims = buffer.dimensions();
+  if (dims.size() != 3) return fail("must have three dimensions, not " + ShapeOf(buffer));
+  Weight weight = {static_cast<const uint8_t*>(buffer.untyped_data()), format, false,
+                   dims[0], dims[1], dims[2], 0};
+  if (const PackedFormat* packed = FindPackedFormat(format)) {
+    if (buffer.element_type() != ffi::DataType::U8) return fail("must be uint8 blocks");
+    if (dims[2] % packed->block_bytes != 0) {
+      return fail("has rows of " + std::to_string(dims[2]) + " bytes, not a multiple of the block's " +
+                  std::to_string(packed->block_bytes));
+    }
+    weight.packed = true;
+    weight.row_bytes = dims[2];
+    weight.columns = dims[2] / packed->block_bytes * packed->block_weights;
+  } else {
+    const std::optional<Element> type = ElementOf(buffer.element_type());
+    if (!type || static_cast<int>(*type) != format) {
+      return fail("does not have the element type of ggml_type " + std::to_string(format));
+    }
+    weight.row_bytes = dims[2] * DenseBytes(*type);
+  }
+  if (weight.rows > (int64_t{1} << 30) || weight.columns > (int64_t{1} << 30)) {
+    return fail("is larger than the kernels' indices: " + ShapeOf(buffer));
+  }
+  if (!IsAligned(weight.data)) return fail("is not aligned to 16 bytes");
+  return weight;
+}
+
+Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant) {
+  if (weight.packed) return variant == Variant::kScalarGguf ? Layout::kS8Lanes : Layout::kF16Lanes;
+  switch (static_cast<Element>(weight.format)) {
+    case Element::kF16:
+      return Layout::kF16;
+    case Element::kBF16:
+      return x_type == Element::kBF16 ? Layout::kBF16 : Layout::kF32;
+    case Element::kF32:
+      return Layout::kF32;
+  }
+  return Layout::kF32;
+}
+
+GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile) {
+  if (!weight.packed) {
+    const DenseKernels* kernels = FindDenseKernels(static_cast<Element>(weight.format), layout);
+    return tile == plan::CudaTile::kNarrow ? kernels->narrow : kernels->wide;
+  }
+  const PackedKernels& kernels = FindPackedFormat(weight.format)->kernels;
+  if (layout == Layout::kS8Lanes) return kernels.narrow_s8;
+  const int limit = SharedMemoryLimit();
+  if (tile == plan::CudaTile::kWide && kernels.wide.shared_bytes <= limit) return kernels.wide;
+  if (tile != plan::CudaTile::kNarrow && kernels.medium.shared_bytes <= limit) return kernels.medium;
+  return kernels.narrow;
+}
+
+cudaError_t ConfigureFormat(int format) {
+  const PackedFormat* packed = FindPackedFormat(format);
+  if (packed == nullptr) return cudaSuccess;
+  const PackedKernels& kernels = packed->kernels;
+  const int limit = SharedMemoryLimit();
+  for (const GemmKernel* kernel :
+       {&kernels.narrow, &kernels.narrow_s8, &kernels.medium, &kernels.wide}) {
+    if (kernel->shared_bytes > limit) continue;
+    const cudaError_t error = ConfigureGemm(*kernel);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace jax_moe::cuda

@@ -1,0 +1,59 @@
+// What the handlers share: errors, operands, and the kernel for a weight.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "ffi/cuda/gemm.h"
+#include "ffi/plan/cuda.h"
+#include "ffi/targets.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_moe::cuda {
+
+namespace ffi = xla::ffi;
+
+ffi::Error Invalid(const std::string& op, const std::string& what);
+
+// An error that names the call where `status` is one, success otherwise.
+ffi::Error CudaError(const std::string& op, cudaError_t status);
+
+std::string ShapeOf(const ffi::AnyBuffer& buffer);
+
+// The element type of a float buffer.
+std::optional<Element> ElementOf(ffi::DataType type);
+
+// The operand's data, or null where it has no elements.
+template <typename T>
+const T* Optional(const ffi::AnyBuffer& buffer) {
+  return buffer.element_count() == 0 ? nullptr : static_cast<const T*>(buffer.untyped_data());
+}
+
+// A weight operand: packed blocks or a dense matrix of an expert, [experts, rows, columns].
+struct Weight {
+  const uint8_t* data;
+  int format;
+  bool packed;
+  int64_t experts, rows, columns, row_bytes;
+};
+
+// Reads a weight operand of ggml_type `format`; an error names `name`.
+ffi::ErrorOr<Weight> ReadWeight(const std::string& op, const char* name,
+                                const ffi::AnyBuffer& buffer, int format);
+
+// How the activations x of a product with `weight` are prepared.
+Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant);
+
+// The kernel for a product, given the device's shared memory.
+GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile);
+
+// Lets all kernels for weights of `format` use their shared memory, as far as the device has it.
+cudaError_t ConfigureFormat(int format);
+
+// cp.async and 16-byte loads need aligned operands; XLA aligns its buffers to 256 bytes or 16 at least.
+bool IsAligned(const void* data);
+
+}  // namespace jax_moe::cuda

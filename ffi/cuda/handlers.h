@@ -1,0 +1,14 @@
+// The CUDA handlers of ffi/targets.h, registered for platform "CUDA".
+#pragma once
+
+#include "xla/ffi/api/c_api.h"
+
+extern "C" {
+XLA_FFI_Error* JaxMoeRouteCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* JaxMoeSortCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* JaxMoeGemmCudaInitialize(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* JaxMoeGemmCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* JaxMoeFfnCudaInitialize(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* JaxMoeFfnCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* JaxMoeDequantizeCuda(XLA_FFI_CallFrame* call_frame);
+}

@@ -1,0 +1,8 @@
+#include "ffi/blocks/kquants.h"
+#include "ffi/cuda/instantiate.cuh"
+
+JAX_MOE_INSTANTIATE(Q2_K)
+JAX_MOE_INSTANTIATE(Q3_K)
+JAX_MOE_INSTANTIATE(Q4_K)
+JAX_MOE_INSTANTIATE(Q5_K)
+JAX_MOE_INSTANTIATE(Q6_K)

@@ -1,0 +1,8 @@
+#include "ffi/blocks/legacy.h"
+#include "ffi/cuda/instantiate.cuh"
+
+JAX_MOE_INSTANTIATE(Q4_0)
+JAX_MOE_INSTANTIATE(Q4_1)
+JAX_MOE_INSTANTIATE(Q5_0)
+JAX_MOE_INSTANTIATE(Q5_1)
+JAX_MOE_INSTANTIATE(Q8_0)

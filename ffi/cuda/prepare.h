@@ -1,0 +1,60 @@
+// Activations on their way to the tensor cores: rounding, range-safe scaling, order, padding.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "ffi/cuda/gemm.h"
+#include "ffi/targets.h"
+
+namespace jax_moe::cuda {
+
+// Where prepared rows go. `memory` holds PreparedBytes and is 16-byte aligned.
+struct PreparedRows {
+  Layout layout;
+  int64_t rows, columns;
+  uint8_t* memory;
+};
+
+inline int64_t PreparedPitch(int64_t columns) { return (columns + 63) / 64 * 64; }
+
+inline __host__ __device__ int LayoutBytes(Layout layout) {
+  return layout == Layout::kF32 ? 4 : layout == Layout::kS8Lanes ? 1 : 2;
+}
+
+// The values, then what goes with them; at most 4 bytes a column and 4 a row.
+inline Activations ViewPrepared(const PreparedRows& to) {
+  const int64_t pitch = PreparedPitch(to.columns);
+  uint8_t* after = to.memory + to.rows * pitch * LayoutBytes(to.layout);
+  auto* sums = reinterpret_cast<float*>(after);
+  auto* scales = to.layout == Layout::kF16Lanes ? sums + to.rows * (pitch / 16) : sums;
+  return {to.memory, scales, sums, pitch};
+}
+
+// Prepares x [rows, columns].
+cudaError_t LaunchPrepare(const void* x, Element x_type, const PreparedRows& to,
+                          cudaStream_t stream);
+
+// The result of a projection of expert e is value * scale[e] + bias[e, column]; null: 1 and 0.
+struct Projection {
+  const float* scale;
+  const float* bias;
+  int64_t bias_pitch;
+};
+
+// h[p, j] = act(gate, up) of every pair, prepared. Rows of pairs without an expert are left as they are.
+struct ActivateArgs {
+  const float* gate;           // [pairs, pitch]; null: no gate
+  const float* up;             // [pairs, pitch]
+  int64_t pitch;
+  Projection gate_projection, up_projection;
+  const float* pair_weight;    // multiplies both, before scale and bias; null: 1
+  const int32_t* expert_ids;   // [pairs]
+  int32_t experts;
+  Activation activation;
+  float limit, beta, linear_beta;
+};
+cudaError_t LaunchActivate(const ActivateArgs& args, const PreparedRows& to, cudaStream_t stream);
+
+}  // namespace jax_moe::cuda

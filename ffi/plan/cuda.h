@@ -1,0 +1,51 @@
+// What the CUDA handlers run for a problem, and where everything lies in their workspace.
+#pragma once
+
+#include <cstdint>
+
+#include "ffi/plan/plan.h"
+
+namespace jax_moe::plan {
+
+// Kernels differ in how many tokens of an expert share one pass over its weights.
+enum class CudaTile : int { kNarrow = 0, kMedium = 1, kWide = 2 };
+
+// From the mean number of pairs an expert: grids may depend on shapes only, not on the routing.
+CudaTile ChooseCudaTile(int64_t pairs, int64_t experts);
+
+// Warps that share 16 weight rows in a narrow kernel: 1, 2 or 4. Depends on K alone, so that a token's
+// result has the same bits whatever the batch.
+int ChooseCudaSplits(int64_t k);
+
+// The fewest tokens a tile, which bounds the number of tiles.
+inline constexpr int64_t kCudaMinTileTokens = 8;
+
+// Byte offsets of 256-byte aligned areas.
+struct CudaGemmLayout {
+  int64_t winners;     // s32 [pairs]
+  int64_t expert_ids;  // s32 [pairs]
+  int64_t pairs;       // s32 [pairs]
+  int64_t counts;      // s32 [pairs]
+  int64_t offsets;     // s32 [experts + 1]
+  int64_t tiles;       // 16 bytes a tile
+  int64_t num_tiles;   // s32
+  int64_t x;           // prepared activations
+  int64_t bytes;       // of all
+};
+
+struct CudaFfnLayout {
+  int64_t pairs, counts, offsets, tiles, num_tiles;  // as above
+  int64_t x;           // prepared activations of the tokens
+  int64_t h;           // prepared activations of the pairs
+  int64_t values;      // f32 [pairs, max(2 d_expert, d_model)]: gate and up, then down
+  int64_t bytes;
+};
+
+CudaGemmLayout LayoutCudaGemm(const GemmShape& shape, int64_t tokens);
+CudaFfnLayout LayoutCudaFfn(const FfnShape& shape, int64_t tokens);
+
+// Upper bounds of the layouts' bytes for every number of tokens.
+Workspace CudaGemmWorkspace(const GemmShape& shape);
+Workspace CudaFfnWorkspace(const FfnShape& shape);
+
+}  // namespace jax_moe::plan

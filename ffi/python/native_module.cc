@@ -1,0 +1,138 @@
+// Module jax_moe._native: handler capsules of the CPU, the plan, and the decoders for the host.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+
+#include <string>
+#include <utility>
+
+#include "ffi/blocks/dequantize.h"
+#include "ffi/cpu/handlers.h"
+#include "ffi/cpu/kernels.h"
+#include "ffi/cpu/route_handlers.h"
+#include "ffi/plan/plan.h"
+#include "xla/ffi/api/c_api.h"
+
+namespace nb = nanobind;
+
+namespace jax_moe {
+namespace {
+
+using Handler = XLA_FFI_Error*(XLA_FFI_CallFrame*);
+
+nb::dict CpuHandlers() {
+  const std::pair<const char*, Handler*> handlers[] = {
+      {"jax_moe_route", JaxMoeRouteCpu},
+      {"jax_moe_sort", JaxMoeSortCpu},
+      {"jax_moe_gemm", JaxMoeGemmCpu},
+      {"jax_moe_ffn", JaxMoeFfnCpu},
+      {"jax_moe_dequantize", JaxMoeDequantizeCpu},
+  };
+  nb::dict capsules;
+  for (const auto& [name, handler] : handlers) {
+    capsules[name] = nb::capsule(reinterpret_cast<void*>(handler));
+  }
+  return capsules;
+}
+
+nb::dict BuildInfo() {
+  nb::dict info;
+  info["version"] = JAX_MOE_VERSION;
+  info["ffi_api"] = std::to_string(XLA_FFI_API_MAJOR) + "." + std::to_string(XLA_FFI_API_MINOR);
+  info["compiler"] = __VERSION__;
+  info["cpu_isa"] = cpu::SelectKernels().isa;
+  return info;
+}
+
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+
+Floats DequantizeRows(int type, const Bytes& data) {
+  int64_t block = 0, bytes = 0;
+  VisitFormat(type, [&](auto format) {
+    block = decltype(format)::kBlock;
+    bytes = decltype(format)::kBytes;
+  });
+  if (block == 0) throw nb::value_error("no block format has this ggml_type");
+  const int64_t rows = data.shape(0), row_bytes = data.shape(1);
+  if (row_bytes % bytes != 0) throw nb::value_error("row_bytes is not a multiple of a block's bytes");
+  const int64_t blocks = row_bytes / bytes;
+  float* weights = new float[rows * blocks * block];
+  nb::capsule owner(weights, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  Dequantize(type, data.data(), rows * blocks, weights);
+  return Floats(weights, {static_cast<size_t>(rows), static_cast<size_t>(blocks * block)}, owner);
+}
+
+nb::tuple Pair(const plan::Workspace& w) { return nb::make_tuple(w.fixed_bytes, w.bytes_per_token); }
+
+int ElementType(const std::string& dtype) {
+  if (dtype == "float16") return kF16;
+  if (dtype == "bfloat16") return kBF16;
+  return kF32;
+}
+
+nb::dict Describe(const plan::Kernel& kernel) {
+  nb::dict info;
+  info["kernel"] = kernel.name;
+  info["architecture"] = kernel.arch;
+  info["tile"] = nb::make_tuple(kernel.tile_rows, kernel.tile_tokens);
+  info["workspace_bytes"] = kernel.workspace_bytes;
+  info["accumulator"] = kernel.accumulator;
+  info["deterministic"] = kernel.deterministic;
+  info["error_bound"] = kernel.error_bound;
+  return info;
+}
+
+bool IsPacked(int format) {
+  return format >= 0 && format != kF32 && format != kF16 && format != kBF16;
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  using nb::literals::operator""_a;
+
+  m.def("ffi_api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
+  m.def("build_info", &BuildInfo);
+  m.def("cpu_handlers", &CpuHandlers);
+  m.def("dequantize", &DequantizeRows, "type"_a, "data"_a);
+
+  m.def(
+      "gemm_workspace",
+      [](int64_t top_k, int64_t experts, int64_t n, int64_t k, bool rows_are_pairs) {
+        return Pair(plan::GemmWorkspace({top_k, experts, n, k, rows_are_pairs}));
+      },
+      "top_k"_a, "experts"_a, "n"_a, "k"_a, "rows_are_pairs"_a);
+  m.def(
+      "ffn_workspace",
+      [](int64_t top_k, int64_t experts, int64_t d_model, int64_t d_expert) {
+        return Pair(plan::FfnWorkspace({top_k, experts, d_model, d_expert}));
+      },
+      "top_k"_a, "experts"_a, "d_model"_a, "d_expert"_a);
+  m.def(
+      "describe_gemm",
+      [](int64_t tokens, int64_t top_k, int64_t experts, int64_t n, int64_t k, bool rows_are_pairs,
+         int format, int variant, const std::string& x_dtype, const std::string& y_dtype) {
+        const int64_t bytes =
+            plan::GemmWorkspace({top_k, experts, n, k, rows_are_pairs}).Bytes(tokens);
+        return Describe(plan::CpuKernel(false, static_cast<Variant>(variant), IsPacked(format),
+                                        ElementType(x_dtype), ElementType(y_dtype), bytes));
+      },
+      "tokens"_a, "top_k"_a, "experts"_a, "n"_a, "k"_a, "rows_are_pairs"_a, "format"_a, "variant"_a,
+      "x_dtype"_a, "y_dtype"_a);
+  m.def(
+      "describe_ffn",
+      [](int64_t tokens, int64_t top_k, int64_t experts, int64_t d_model, int64_t d_expert,
+         int down_format, int variant, const std::string& x_dtype) {
+        const int64_t bytes =
+            plan::FfnWorkspace({top_k, experts, d_model, d_expert}).Bytes(tokens);
+        const int type = ElementType(x_dtype);
+        return Describe(plan::CpuKernel(true, static_cast<Variant>(variant), IsPacked(down_format),
+                                        type, type, bytes));
+      },
+      "tokens"_a, "top_k"_a, "experts"_a, "d_model"_a, "d_expert"_a, "down_format"_a, "variant"_a,
+      "x_dtype"_a);
+}
+
+}  // namespace jax_moe

@@ -1,0 +1,70 @@
+"""Checks of arguments at trace time: a message names the argument, what was given and what is allowed."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_moe._packed import PackedExperts
+
+DENSE_DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
+
+INT32_MAX = 2**31 - 1
+
+
+def names(dtypes: tuple) -> str:
+    """The dtypes as an English list."""
+    return " or ".join(np.dtype(dtype).name for dtype in dtypes)
+
+
+def array(name: str, x: Any, *, rank: int, dtypes: tuple) -> None:
+    """Checks that x has shape and dtype, `rank` axes and one of `dtypes`."""
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{name} is an array, not {type(x).__name__}.")
+    if x.dtype not in dtypes:
+        raise TypeError(f"{name} has dtype {names(dtypes)}, not {x.dtype}.")
+    if len(x.shape) != rank:
+        raise ValueError(f"{name} has {rank} axes, but its shape is {tuple(x.shape)}.")
+
+
+def shape(name: str, x: Any, expected: tuple[int, ...], meaning: str) -> None:
+    """Checks x's shape; `meaning` says what the expected shape stands for, like "[E, N]"."""
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name} has shape {meaning} = {expected}, not {tuple(x.shape)}.")
+
+
+def positive(name: str, value: Any) -> int:
+    """`value` as an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} is an int, not {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} is at least 1, not {value}.")
+    return int(value)
+
+
+def choice(name: str, value: Any, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is one of {', '.join(map(repr, allowed))}, not {value!r}.")
+
+
+def implementation(value: Any) -> None:
+    choice("implementation", value, (None, "reference"))
+
+
+def weight(name: str, w: Any) -> tuple[int, int, int]:
+    """Checks a weight, packed or dense, and gives its shape (E, N, K)."""
+    if isinstance(w, PackedExperts):
+        array(f"{name}.data", w.data, rank=3, dtypes=(jnp.uint8,))
+        row_bytes, block_bytes = w.data.shape[-1], w.format.block_bytes
+        if row_bytes % block_bytes:
+            raise ValueError(
+                f"{name}.data has rows of {row_bytes} bytes, which is not a multiple of the "
+                f"{block_bytes} bytes of a {w.format.name} block."
+            )
+        result = w.shape
+    else:
+        array(name, w, rank=3, dtypes=DENSE_DTYPES)
+        result = tuple(w.shape)
+    if 0 in result:
+        raise ValueError(f"{name} has shape [E, N, K] without a zero, not {result}.")
+    return result  # type: ignore[return-value]

@@ -1,0 +1,157 @@
+"""GGUFFile: a model file's MoE layers, looked at and loaded."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_moe._block import MoEConfig, MoEParams
+from jax_moe._ffn import Experts
+from jax_moe._gguf.entries import Entry
+from jax_moe._gguf.header import GGUFError
+from jax_moe._gguf.keys import architecture_name
+from jax_moe._gguf.layers import GGUFLayer, read_layers
+from jax_moe._gguf.progress import read_ahead
+from jax_moe._gguf.split import Model
+from jax_moe._gguf.types import BLOCK_FORMATS, DENSE_DTYPES
+from jax_moe._packed import PackedExperts
+
+
+class GGUFFile:
+    """A GGUF model file, opened for its MoE layers.
+
+    The header is parsed once; weights stay in the memory map until `load` asks for them. The file
+    must not be changed while it is open or while arrays loaded onto the CPU are in use, since they
+    may be views of it.
+
+    Args:
+      path: the file; of a split model any of its parts, the others are found beside it.
+
+    Raises:
+      GGUFError (a ValueError): if the file is not a GGUF file or is damaged; it names the file and
+        the key or tensor.
+      OSError: if it cannot be opened.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self._model = Model(path)
+        self.path = Path(path)
+
+    @property
+    def architecture(self) -> str:
+        """The key `general.architecture`, like "qwen3moe"."""
+        return architecture_name(self._model)
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The file's key-value pairs, decoded on access; arrays of numbers are NumPy arrays."""
+        return self._model.metadata
+
+    @functools.cached_property
+    def layers(self) -> tuple[GGUFLayer, ...]:
+        """The model's MoE layers in order, with whether and why each can be run."""
+        return read_layers(self._model)
+
+    def load(
+        self,
+        layer: int,
+        device_or_sharding: jax.Device | jax.sharding.Sharding | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> tuple[MoEParams, MoEConfig]:
+        """The parameters and the configuration of one MoE layer, for `moe_block`.
+
+        Expert weights keep the file's format: PackedExperts uint8 `[E, N, row_bytes]`, or dense
+        float32, float16 or bfloat16 `[E, N, K]`. Router, biases, scales and norms are float32.
+
+        Args:
+          layer: the layer's index in the model, as in `layers`.
+          device_or_sharding: where to put the arrays; JAX's default device if None. A NamedSharding
+            is for the routed experts, `[E, N, row_bytes]`, and its mesh's devices each get a copy
+            of all
+            else: with `NamedSharding(mesh, P("expert"))` every device holds its share of the
+              experts.
+          progress: whether to show a progress bar on stderr when the load takes more than a second;
+            None: if stderr is a terminal.
+
+        Raises:
+          GGUFError: if the model has no such MoE layer, or it cannot be run; it says why.
+        """
+        info = self._layer(layer)
+        # A map of a file that has shrunk kills the process at the first touch.
+        for part in self._model.parts:
+            if os.stat(part.path).st_size < part.size:
+                raise part.error("the file has become shorter since it was opened")
+        read_ahead([entry.tensor for entry in info.entries.values()], f"layer {layer}", progress)
+        leaves = {
+            leaf: _place(leaf, _host_array(entry), device_or_sharding)
+            for leaf, entry in info.entries.items()
+        }
+        assert info.config is not None
+        return _assemble(leaves), info.config
+
+    def _layer(self, index: int) -> GGUFLayer:
+        for info in self.layers:
+            if info.index == index:
+                if info.problem is not None:
+                    raise GGUFError(info.problem)
+                return info
+        indices = [info.index for info in self.layers]
+        have = f"its MoE layers are {_ranges(indices)}" if indices else "it has no MoE layers"
+        raise self._model.error(f"layer {index} is not a MoE layer; {have}")
+
+
+def load_gguf(path: str | os.PathLike[str], layer: int) -> tuple[MoEParams, MoEConfig]:
+    """The parameters and the configuration of one MoE layer of a GGUF file.
+
+    The same as `GGUFFile(path).load(layer)`, which see; to load several layers, keep the GGUFFile.
+    """
+    return GGUFFile(path).load(layer)
+
+
+def _host_array(entry: Entry) -> np.ndarray | PackedExperts:
+    """A leaf as a view of the memory map; small ones as float32."""
+    tensor = entry.tensor
+    if tensor.ggml_type in BLOCK_FORMATS:
+        return PackedExperts(
+            tensor.bytes().reshape(*entry.shape[:-1], -1),  # type: ignore[arg-type]
+            BLOCK_FORMATS[tensor.ggml_type],
+        )
+    values = tensor.bytes().view(DENSE_DTYPES[tensor.ggml_type]).reshape(entry.shape)
+    return values if entry.weight else values.astype(np.float32)
+
+
+def _place(leaf: str, array: Any, target: jax.Device | jax.sharding.Sharding | None) -> Any:
+    if isinstance(target, NamedSharding):
+        rank = (array.data if isinstance(array, PackedExperts) else array).ndim
+        spec = target.spec[:rank] if leaf.startswith("experts.") else ()
+        target = NamedSharding(target.mesh, PartitionSpec(*spec), memory_kind=target.memory_kind)
+    return jax.device_put(array, target)
+
+
+def _assemble(leaves: Mapping[str, Any]) -> MoEParams:
+    """MoEParams from leaves by name; "experts.up" is a leaf of the field `experts`."""
+    fields: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    for leaf, value in leaves.items():
+        group, _, name = leaf.rpartition(".")
+        (nested.setdefault(group, {}) if group else fields)[name] = value
+    return MoEParams(**fields, **{group: Experts(**values) for group, values in nested.items()})
+
+
+def _ranges(indices: list[int]) -> str:
+    """Ascending integers as "1-3, 5"."""
+    runs: list[list[int]] = []
+    for i in indices:
+        if runs and i == runs[-1][1] + 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)

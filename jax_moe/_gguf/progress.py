@@ -1,0 +1,88 @@
+"""Reads tensors from disk into memory, with a progress bar where that takes long."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator
+
+from jax_moe._gguf.header import TensorInfo
+
+_CHUNK = 32 << 20
+_PAGE = 4096
+PATIENCE = 1.0  # seconds until the bar appears
+
+
+def read_ahead(tensors: Iterable[TensorInfo], label: str, progress: bool | None = None) -> None:
+    """Touches every page of the tensors' data, so that it is in memory when it is used.
+
+    Args:
+      tensors: in any order; they are read in the file's.
+      label: what is being read, shown beside the bar.
+      progress: show a bar on stderr once this has taken a second; None: if stderr is a terminal.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (str(tensor.path), tensor.offset))
+    total = sum(tensor.nbytes or 0 for tensor in ordered)
+    bar = _Bar(label, total, sys.stderr.isatty() if progress is None else progress)
+    try:
+        for nbytes in _touch(ordered):
+            bar.advance(nbytes)
+    finally:
+        bar.close()
+
+
+def _touch(tensors: list[TensorInfo]) -> Iterator[int]:
+    for tensor in tensors:
+        tensor.will_need()
+    for tensor in tensors:
+        data = tensor.bytes()
+        for start in range(0, len(data), _CHUNK):
+            chunk = data[start : start + _CHUNK]
+            chunk[::_PAGE].max()
+            yield len(chunk)
+
+
+class _Bar:
+    """A progress bar by rich, if it is installed; nothing for the first second."""
+
+    def __init__(self, label: str, total: int, wanted: bool):
+        self._label = label
+        self._total = total
+        self._wanted = wanted
+        self._done = 0
+        self._start = time.monotonic()
+        self._bar = None
+
+    def advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._bar is None and self._wanted and time.monotonic() - self._start > PATIENCE:
+            self._open()
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done)
+
+    def _open(self) -> None:
+        try:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TransferSpeedColumn,
+            )
+        except ImportError:
+            self._wanted = False
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+        )
+        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._task = self._bar.add_task(self._label, total=self._total, completed=self._done)
+        self._bar.start()
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

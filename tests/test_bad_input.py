@@ -1,0 +1,231 @@
+"""Wrong arguments: the exception's type, and a message that names the argument."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import jax_moe
+from jax_moe import Experts, MoEConfig, MoEParams, MoEVariant, PackedExperts, Routing
+
+E, N, K, T, TOP_K = 3, 10, 64, 4, 2
+IDS = jnp.zeros(T * TOP_K, jnp.int32)
+
+
+def gemm_arguments(**changes):
+    arguments = {
+        "x": jnp.ones((T, K)),
+        "weight": oracle.packed("Q8_0", E, N, K)[0],
+        "sorted_token_ids": IDS,
+        "flat_expert_ids": IDS,
+        "top_k": TOP_K,
+    } | changes
+    return [arguments.pop("x"), arguments.pop("weight")], arguments
+
+
+def short_rows(rows=E):
+    return PackedExperts(jnp.zeros((rows, N, 33), jnp.uint8), "Q8_0")
+
+
+GEMM_ERRORS = [
+    ({"x": jnp.ones((T, K, 1))}, ValueError, "x has 2 axes"),
+    ({"x": jnp.ones((T, K), jnp.int32)}, TypeError, "x has dtype float32 or float16 or bfloat16"),
+    ({"x": [[1.0]]}, TypeError, "x is an array"),
+    ({"x": jnp.ones((T, 32))}, ValueError, "weight has K = 64"),
+    ({"x": jnp.ones((5, K))}, ValueError, "x has 4 rows .* or 8"),
+    ({"weight": jnp.ones((E, N, K), jnp.int8)}, TypeError, "weight has dtype"),
+    ({"weight": jnp.ones((N, K))}, ValueError, "weight has 3 axes"),
+    ({"weight": short_rows()}, ValueError, "33 bytes.*34 bytes of a Q8_0 block"),
+    (
+        {"weight": PackedExperts(jnp.ones((E, N, 68)), "Q8_0")},
+        TypeError,
+        "weight.data has dtype uint8",
+    ),
+    ({"weight": jnp.ones((0, N, K))}, ValueError, "without a zero"),
+    ({"sorted_token_ids": IDS.astype(jnp.float32)}, TypeError, "sorted_token_ids has dtype int32"),
+    ({"flat_expert_ids": IDS[:-1]}, ValueError, "flat_expert_ids has shape"),
+    ({"flat_expert_ids": IDS[None]}, ValueError, "flat_expert_ids has 1 axes"),
+    ({"top_k": 3}, ValueError, "not a multiple of top_k = 3"),
+    ({"top_k": 0}, ValueError, "top_k is at least 1"),
+    ({"top_k": 1.0}, TypeError, "top_k is an int"),
+    ({"topk_weights": jnp.ones((T, 1))}, ValueError, "topk_weights has shape"),
+    ({"topk_weights": IDS}, TypeError, "topk_weights has dtype"),
+    ({"variant": "WMMA"}, TypeError, "variant is a jax_moe.MoEVariant"),
+    ({"variant": MoEVariant.WMMA_GGUF}, TypeError, "WMMA_GGUF takes x of float16 or bfloat16"),
+    (
+        {"variant": MoEVariant.SCALAR_GGUF, "weight": jnp.ones((E, N, K))},
+        TypeError,
+        "SCALAR_GGUF takes packed weights",
+    ),
+    (
+        {"variant": MoEVariant.WMMA, "x": jnp.ones((T, K), jnp.float16)},
+        TypeError,
+        "WMMA takes dense weights",
+    ),
+    (
+        {
+            "variant": MoEVariant.WMMA,
+            "x": jnp.ones((T, K), jnp.float16),
+            "weight": jnp.ones((E, N, K), jnp.bfloat16),
+        },
+        TypeError,
+        "WMMA takes weights of x's dtype",
+    ),
+    ({"implementation": "xla"}, ValueError, "implementation is one of None, 'reference'"),
+    ({"preferred_element_type": jnp.int8}, TypeError, "preferred_element_type"),
+    (
+        {"variant": MoEVariant.SCALAR_GGUF, "preferred_element_type": jnp.float16},
+        ValueError,
+        "preferred_element_type: SCALAR_GGUF gives",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), GEMM_ERRORS)
+def test_moe_gemm(changes, error, message):
+    args, kwargs = gemm_arguments(**changes)
+    with pytest.raises(error, match=message):
+        jax_moe.moe_gemm(*args, **kwargs)
+    with pytest.raises(error, match=message):
+        jax_moe.select_kernel("moe_gemm", *args, **kwargs)
+
+
+def ffn_arguments(**changes):
+    packed = lambda n, k: oracle.packed("Q8_0", E, n, k)[0]  # noqa: E731
+    experts = {"gate": packed(N * 32, K), "up": packed(N * 32, K), "down": packed(K, N * 32)}
+    arguments = {
+        "x": jnp.ones((T, K)),
+        "routing": Routing(jnp.zeros((T, TOP_K), jnp.int32), jnp.ones((T, TOP_K))),
+    }
+    names = Experts.__dataclass_fields__
+    experts |= {name: value for name, value in changes.items() if name in names}
+    arguments |= {name: value for name, value in changes.items() if name not in names}
+    arguments.setdefault("experts", Experts(**experts))
+    return arguments
+
+
+def routing(ids=(T, TOP_K), weights=(T, TOP_K), ids_dtype=jnp.int32, weights_dtype=jnp.float32):
+    return Routing(jnp.zeros(ids, ids_dtype), jnp.ones(weights, weights_dtype))
+
+
+FFN_ERRORS = [
+    ({"x": jnp.ones(K)}, ValueError, "x has 2 axes"),
+    ({"x": jnp.ones((T, 32))}, ValueError, "experts.down has .* but x has H = 32"),
+    ({"routing": routing(ids=(5, 2))}, ValueError, "routing.expert_ids has shape"),
+    ({"routing": routing(weights=(T, 3))}, ValueError, "routing.weights has shape"),
+    ({"routing": routing(ids=(T, 0), weights=(T, 0))}, ValueError, "at least 1"),
+    ({"routing": routing(ids_dtype=jnp.int8)}, TypeError, "routing.expert_ids has dtype int32"),
+    ({"routing": routing(weights_dtype=jnp.int32)}, TypeError, "routing.weights has dtype"),
+    ({"experts": 3}, TypeError, "experts is jax_moe.Experts"),
+    (
+        {"gate_up": oracle.packed("Q8_0", E, N, K)[0]},
+        ValueError,
+        "gate, up and down, or gate_up",
+    ),
+    ({"up": None}, ValueError, "gate, up and down, or gate_up"),
+    ({"up": oracle.packed("Q8_0", E, N, K)[0]}, ValueError, "experts.up has"),
+    ({"gate": oracle.packed("Q8_0", 2, N * 32, K)[0]}, ValueError, "experts.gate has"),
+    ({"down_bias": jnp.ones((E, 3))}, ValueError, "experts.down_bias has shape"),
+    ({"gate_up_bias": jnp.ones((E, 3))}, ValueError, "experts.gate_up_bias is given without"),
+    ({"up_scale": jnp.ones((E, 1))}, ValueError, "experts.up_scale has 1 axes"),
+    ({"up_scale": jnp.ones(E, jnp.int32)}, TypeError, "experts.up_scale has dtype"),
+    ({"activation": "tanh"}, ValueError, "activation is one of"),
+    ({"activation": "relu2"}, ValueError, "without a gate"),
+    ({"gate": None}, ValueError, "is gated"),
+    ({"activation": "swiglu_clamp"}, ValueError, "needs an activation_limit"),
+    ({"activation_limit": 7.0}, ValueError, "takes no activation_limit"),
+    (
+        {"activation": "swiglu_oai", "activation_limit": 0.0},
+        ValueError,
+        "activation_limit is positive",
+    ),
+    ({"activation": "situ"}, ValueError, "activation_betas"),
+    ({"activation_betas": (1.0, 1.0)}, ValueError, "activation_betas"),
+    ({"variant": MoEVariant.WMMA}, TypeError, "WMMA takes x of"),
+    ({"implementation": "cpu"}, ValueError, "implementation is one of"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), FFN_ERRORS)
+def test_moe_ffn(changes, error, message):
+    with pytest.raises(error, match=message):
+        jax_moe.moe_ffn(**ffn_arguments(**changes))
+    with pytest.raises(error, match=message):
+        jax_moe.select_kernel("moe_ffn", **ffn_arguments(**changes))
+
+
+def test_select_kernel_names_its_ops():
+    with pytest.raises(ValueError, match="op is 'moe_gemm' or 'moe_ffn'"):
+        jax_moe.select_kernel("moe")
+
+
+def block_arguments(**changes):
+    fields = {
+        "experts": Experts(
+            up=oracle.packed("Q8_0", E, 32, K)[0], down=oracle.packed("Q8_0", E, K, 32)[0]
+        ),
+        "router": jnp.ones((E, K)),
+    }
+    fields |= {
+        name: changes.pop(name) for name in list(changes) if name in MoEParams.__dataclass_fields__
+    }
+    arguments = {
+        "params": MoEParams(**fields),
+        "x": jnp.ones((2, T, K)),
+        "config": MoEConfig(top_k=2, activation="silu"),
+    }
+    return arguments | changes
+
+
+BLOCK_ERRORS = [
+    ({"params": {}}, TypeError, "params is jax_moe.MoEParams"),
+    ({"config": {}}, TypeError, "config is jax_moe.MoEConfig"),
+    ({"router": jnp.ones((E, 7))}, ValueError, r"params.router has shape \[E, H\]"),
+    ({"router": jnp.ones((2 * E, K))}, ValueError, "params.router.*experts"),
+    ({"router_input": jnp.ones((T, K))}, ValueError, "router_input has x's shape"),
+    ({"token_to_experts": jnp.zeros((9, 2), jnp.int32)}, ValueError, "token_ids is needed"),
+    ({"config": MoEConfig(top_k=E + 1, activation="silu")}, ValueError, "top_k is at most"),
+    (
+        {"config": MoEConfig(top_k=1, gating="none", activation="silu")},
+        ValueError,
+        "gating is one of",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), BLOCK_ERRORS)
+def test_moe_block(changes, error, message):
+    with pytest.raises(error, match=message):
+        jax_moe.moe_block(**block_arguments(**changes))
+
+
+@pytest.mark.parametrize("bad", ["Q9_K", "", "F32"])
+def test_unknown_format(bad):
+    with pytest.raises(ValueError, match="format"):
+        PackedExperts(jnp.zeros((1, 1, 18), jnp.uint8), bad)
+
+
+@pytest.mark.parametrize("bad", [2, None, 1.5])
+def test_format_of_a_wrong_type(bad):
+    with pytest.raises(TypeError, match="format"):
+        PackedExperts(jnp.zeros((1, 1, 18), jnp.uint8), bad)
+
+
+def test_a_good_call_passes():
+    """The tables above change one thing of a call that works."""
+    args, kwargs = gemm_arguments()
+    assert jax_moe.moe_gemm(*args, **kwargs).shape == (T * TOP_K, N)
+    assert jax_moe.moe_ffn(**ffn_arguments()).shape == (T, K)
+    assert jax_moe.moe_block(**block_arguments()).shape == (2, T, K)
+
+
+def test_handlers_check_too():
+    """The FFI layer does not rely on Python's checks."""
+    call = jax.ffi.ffi_call(
+        "jax_moe_dequantize", jax.ShapeDtypeStruct((1, 32), jnp.float32), vmap_method=None
+    )
+    with pytest.raises(Exception, match=r"(?i)format|block|byte"):
+        jax.block_until_ready(call(jnp.zeros((1, 18), jnp.uint8), format=np.int32(99)))
+    with pytest.raises(Exception, match=r"(?i)format|block|byte"):
+        jax.block_until_ready(call(jnp.zeros((1, 17), jnp.uint8), format=np.int32(2)))
