@@ -60,8 +60,8 @@ def check_activation(
         raise ValueError(f"activation_limit is positive, not {limit}.")
     if (betas is None) != (name != "situ"):
         raise ValueError(
-            "activation_betas is the pair (beta, linear_beta) of activation 'situ' and None for all the "
-            f"others, not {betas!r} for {name!r}."
+            "activation_betas is the pair (beta, linear_beta) of activation 'situ' and None for "
+            f"the others, not {betas!r} for {name!r}."
         )
     if betas is not None and not betas[0] > 0:
         raise ValueError(f"activation_betas[0] is positive, not {betas[0]}.")

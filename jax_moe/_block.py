@@ -1,4 +1,4 @@
-"""moe_block: a whole Mixture-of-Experts block of a model, from its input to what the residual adds."""
+"""moe_block: a whole Mixture-of-Experts block of a model, from its input to the residual sum."""
 
 import math
 from dataclasses import dataclass
@@ -56,11 +56,11 @@ class MoEConfig:
 class MoEParams:
     """The tensors of one MoE block: a pytree. E experts, d_model H.
 
-    A 2-D weight of the file is an `Experts` or `PackedExperts` of one expert (E = 1), so that it stays
-    packed too.
+    A 2-D weight of the file is an `Experts` or `PackedExperts` of one expert (E = 1), so that it
+    stays packed too.
 
     Attributes:
-      experts: the routed experts, `[E, ...]`; on `[E, F, latent]` where the block has latent experts.
+      experts: the routed experts; H is the latent width where the block has one.
       router: float `[E, H]`.
       router_bias: float `[E]`, added to the logits.
       selection_bias: float `[E]`, added to the scores that select experts, not to their weights.
@@ -72,8 +72,8 @@ class MoEParams:
         width.
       latent_norm: float `[latent]`, weight of an RMS norm before `latent_up`.
       chunk_experts: `[E / experts_per_group, ...]`, the experts of a second pass over the result.
-      token_to_experts: int32 `[vocabulary, k]`, the experts of each token id where they are not chosen by
-        score.
+      token_to_experts: int32 `[vocabulary, k]`, the experts of each token id where they are not
+        chosen by score.
     """
 
     experts: Experts
@@ -216,8 +216,8 @@ def _second_pass(
 ) -> Array:
     """GroveMoE's chunk experts on the first pass's result.
 
-    The chosen experts' ids are divided by `experts_per_group`, and the weights are those of the experts
-    with the divided ids, as in llama.cpp; two slots may name the same chunk.
+    The chosen experts' ids are divided by `experts_per_group`, and the weights are those of the
+    experts with the divided ids, as in llama.cpp; two slots may name the same chunk.
     """
     num_chunks = chunks.down.shape[-3]
     chosen = route(

@@ -1,7 +1,8 @@
-"""Checks of arguments at trace time: a message names the argument, what was given and what is allowed."""
+"""Checks of arguments at trace time: messages name the argument, what is allowed and was given."""
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -10,6 +11,16 @@ from jax_moe._packed import PackedExperts
 DENSE_DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
 
 INT32_MAX = 2**31 - 1
+
+
+def x64_enabled() -> bool:
+    return bool(jax.config.jax_enable_x64)  # type: ignore[attr-defined]
+
+
+def float_dtypes(implementation: str | None) -> tuple:
+    """The dtypes of activations: only the reference computes in float64, and only under x64."""
+    wide = implementation == "reference" and x64_enabled()
+    return (*DENSE_DTYPES, jnp.float64) if wide else DENSE_DTYPES
 
 
 def names(dtypes: tuple) -> str:

@@ -48,9 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         "file", metavar="FILE", nargs="?", help="without it, a small model is made"
     )
     command.add_argument(
-        "--tokens", type=int, default=16, help="random tokens a layer (default 16)"
+        "--tokens", type=_positive, default=16, help="random tokens a layer (default 16)"
     )
-    command.add_argument("--layers", type=int, help="run only the first so many MoE layers")
+    command.add_argument("--layers", type=_positive, help="run only the first so many MoE layers")
     command.set_defaults(run=_demo)
 
     commands.add_parser("bench", help="time the kernels; see bench --help", add_help=False)
@@ -60,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(run=_info)
     return parser
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError("it is at least 1")
+    return value
 
 
 def _demo(options: argparse.Namespace) -> int:

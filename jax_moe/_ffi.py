@@ -23,12 +23,11 @@ TARGETS = ("route", "sort", "gemm", "ffn", "dequantize")
 DISABLED_EXPORT_CHECKS = tuple(
     export.DisabledSafetyCheck.custom_call(f"jax_moe_{name}") for name in TARGETS
 )
-"""Safety checks to pass to `jax.export.export(..., disabled_checks=...)`: our custom calls keep their
-names and signatures within a minor version."""
+"""Safety checks to pass to `jax.export.export(..., disabled_checks=...)`: our custom calls keep
+their names and signatures within a minor version."""
 
 GRADIENT_MESSAGE = (
-    'jax_moe\'s kernels have no gradient. Differentiate the op with implementation="reference", which '
-    "is pure JAX."
+    'The kernels of jax_moe have no gradient; implementation="reference", which is pure JAX, has.'
 )
 
 
@@ -52,15 +51,15 @@ def _refusal(built: tuple[int, int]) -> str | None:
         return None
     return (
         f"jax_moe was built against XLA FFI API {built[0]}.{built[1]}, and the installed jaxlib "
-        f"{jaxlib.__version__} provides {runtime[0]}.{runtime[1]}. Install a newer jaxlib, or build "
-        "jax_moe from source against an older one."
+        f"{jaxlib.__version__} provides {runtime[0]}.{runtime[1]}. Install a newer jaxlib, or "
+        "build jax_moe from source against an older one."
     )
 
 
 def _load() -> tuple[Any, str | None]:
     """The native module, or None, and why it cannot be used, or None."""
     try:
-        from jax_moe import _native
+        from jax_moe import _native  # type: ignore[attr-defined]
     except ImportError as error:
         return None, f"jax_moe's native library cannot be loaded: {error}"
     reason = _refusal(tuple(_native.ffi_api_version()))
@@ -113,15 +112,15 @@ def _cast_varying(x: Array, axes: frozenset[str]) -> Array:
         return x
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, missing, to="varying")
-    return jax.lax.pvary(x, missing)
+    return jax.lax.pvary(x, missing)  # type: ignore[attr-defined]
 
 
 def _refuse_explicit_sharding(target: str, x: Array) -> None:
     sharding = getattr(jax.typeof(x), "sharding", None)
     if sharding is not None and any(axis is not None for axis in sharding.spec):
         raise ValueError(
-            f"{target}: an operand has the explicit sharding {sharding.spec}, which a custom call cannot "
-            "follow; call the op inside jax.shard_map."
+            f"{target}: an operand has the explicit sharding {sharding.spec}, which a custom call "
+            "cannot follow; call the op inside jax.shard_map."
         )
 
 
@@ -130,8 +129,9 @@ def call(
 ) -> list[Array]:
     """Calls FFI target `target` on `operands`.
 
-    Under `jax.shard_map` the operands are cast to the union of their varying mesh axes and the results
-    vary over the same axes; otherwise a replicated x with sharded experts would be typed as replicated.
+    Under `jax.shard_map` the operands are cast to the union of their varying mesh axes and the
+    results vary over the same axes; otherwise a replicated x with sharded experts would be typed as
+    replicated.
     """
     native()
     for operand in operands:
@@ -159,8 +159,8 @@ def op(run: Callable, fold: Callable) -> Callable:
 
     `static` is a hashable description, every operand is an array. Under `jax.vmap`,
     `fold(op, static, size, batched, *operands)` gets operands of which those with `batched` have a
-    leading axis of `size`, and returns results that all have it; it reaches the op again with the batch
-    folded into another axis. Differentiating raises NotImplementedError.
+    leading axis of `size`, and returns results that all have it; it reaches the op again with the
+    batch folded into another axis. Differentiating raises NotImplementedError.
     """
 
     @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -16,7 +16,7 @@ from jax_moe._operands import float_operand, weight_operand
 from jax_moe._packed import PackedExperts
 from jax_moe._reference import ffn_reference
 from jax_moe._routing import Routing
-from jax_moe._variants import ACTIVATION_DTYPES, MoEVariant, as_variant, check_variant
+from jax_moe._variants import MoEVariant, as_variant, check_variant
 
 Weight = PackedExperts | Array
 
@@ -26,15 +26,16 @@ Weight = PackedExperts | Array
 class Experts:
     """The weights of a layer's experts: a pytree.
 
-    Weights are `PackedExperts` or dense float32, float16 or bfloat16 arrays, each with its own format.
-    E experts, d_model H, d_expert F. Exactly one of these forms:
+    Weights are `PackedExperts` or dense float32, float16 or bfloat16 arrays, each with its own
+    format. E experts, d_model H, d_expert F. Exactly one of these forms:
 
     - `gate` and `up` `[E, F, H]`;
     - `gate_up` `[E, 2F, H]`, gate rows first;
     - `up` alone, for activations without a gate;
 
-    and `down` `[E, H, F]`. Biases are `[E, N]` for N output rows and scales, factors of a projection's
-    result before its bias, `[E]`; both floats. The constructor checks nothing; `moe_ffn` does.
+    and `down` `[E, H, F]`. Biases are `[E, N]` for N output rows; scales, `[E]`, are factors of a
+    projection's result before its bias. Both are floats. The constructor checks nothing; `moe_ffn`
+    does.
     """
 
     down: Weight
@@ -83,26 +84,30 @@ def moe_ffn(
     """The experts' feed-forward network for every token, summed over its slots.
 
     `h = act(gate_e x, up_e x)` and `y[t] = sum over slots s of weights[t, s] * (down_e h)` with
-    `e = expert_ids[t, s]`, in slot order. A projection's result is multiplied by its expert's scale,
-    then its bias is added, then the routing weight multiplies. An id outside [0, E) adds nothing, which
-    is what expert parallelism under `jax.shard_map` rests on.
+    `e = expert_ids[t, s]`, in slot order. A projection's result is multiplied by its expert's
+    scale, then its bias is added, then the routing weight multiplies. An id outside [0, E) adds
+    nothing, which is what expert parallelism under `jax.shard_map` rests on.
 
-    **Arguments:**
+    Args:
+      x: float32, float16 or bfloat16 `[T, H]`.
+      routing: `Routing(expert_ids int32 [T, k], weights [T, k])`.
+      experts: `Experts`.
+      activation: gated "swiglu", "swiglu_clamp" (limit before silu), "swiglu_clamp_after", "geglu"
+        (tanh form), "reglu", "swiglu_oai", "situ"; without a gate "silu", "gelu", "relu2".
+      activation_limit: the limit of the clamped ones; "swiglu_oai" has 7 where it is None.
+      activation_betas: (beta, linear_beta) of "situ"; linear_beta 0 leaves `up` unbounded.
+      weights_before: the routing weight multiplies the expert's input instead of its output
+        (Llama 4).
+      variant: a `MoEVariant`, or None for the fastest kernel that rounds no activations.
+      implementation: None for the platform's kernel, "reference" for pure JAX, which is
+        differentiable.
 
-    - `x`: float32, float16 or bfloat16 `[T, H]`.
-    - `routing`: `Routing(expert_ids int32 [T, k], weights [T, k])`.
-    - `experts`: `Experts`.
-    - `activation`: gated "swiglu", "swiglu_clamp" (limit before silu), "swiglu_clamp_after", "geglu"
-      (tanh form), "reglu", "swiglu_oai", "situ"; without a gate "silu", "gelu", "relu2".
-    - `activation_limit`: the limit of the clamped ones; "swiglu_oai" has 7 where it is None.
-    - `activation_betas`: (beta, linear_beta) of "situ"; linear_beta 0 leaves `up` unbounded.
-    - `weights_before`: the routing weight multiplies the expert's input instead of its output (Llama 4).
-    - `variant`, `implementation`: as in `moe_gemm`.
+    Returns:
+      `[T, H]` of x's dtype, accumulated in float32.
 
-    **Returns:** `[T, H]` of x's dtype, accumulated in float32.
-
-    **Raises:** TypeError or ValueError when traced, naming the argument; ImportError where the native
-    library cannot work with the installed jaxlib.
+    Raises:
+      TypeError, ValueError: when traced; the message names the argument.
+      ImportError: the native library cannot work with the installed jaxlib.
     """
     problem = ffn_problem(
         x,
@@ -114,6 +119,8 @@ def moe_ffn(
         variant=variant,
         implementation=implementation,
     )
+    biases: tuple[Array | None, ...]
+    scales: tuple[Array | None, ...]
     if problem.merged:
         gate, up = experts.gate_up, None
         biases = (experts.gate_up_bias, None, experts.down_bias)
@@ -173,9 +180,7 @@ def ffn_problem(
     """Checks the arguments of `moe_ffn`, arrays or ShapeDtypeStructs."""
     check.implementation(implementation)
     variant = as_variant(variant)
-    x_dtypes = ACTIVATION_DTYPES
-    if implementation == "reference" and jax.config.jax_enable_x64:
-        x_dtypes = (*x_dtypes, jnp.float64)  # type: ignore[assignment]
+    x_dtypes = check.float_dtypes(implementation)
     check.array("x", x, rank=2, dtypes=x_dtypes)
     tokens, d_model = x.shape
     check.array("routing.expert_ids", routing.expert_ids, rank=2, dtypes=(jnp.int32,))
@@ -286,7 +291,7 @@ def _run(static: _Static, x, expert_ids, weights, gate, up, down, *biases_and_sc
 
 
 def _fold(op, static: _Static, size, batched, x, expert_ids, weights, *experts):
-    """Folds a batch into the token axis; a batch of any expert operand into the expert axis as well."""
+    """Folds a batch into the token axis; a batch of an expert operand also into the expert axis."""
     x, expert_ids, weights = (
         _ffi.broadcast_batch(operand, is_batched, size)
         for operand, is_batched in zip((x, expert_ids, weights), batched[:3], strict=True)

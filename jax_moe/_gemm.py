@@ -13,7 +13,7 @@ from jax_moe import _ffi
 from jax_moe._operands import float_operand, weight_operand
 from jax_moe._packed import PackedExperts
 from jax_moe._reference import gemm_reference
-from jax_moe._variants import ACTIVATION_DTYPES, MoEVariant, as_variant, check_variant
+from jax_moe._variants import MoEVariant, as_variant, check_variant
 
 
 @dataclass(frozen=True)
@@ -51,25 +51,27 @@ def moe_gemm(
 
         y[p, :] = w[p] * sum_c x[row(p), c] * weight[e, :, c]
 
-    **Arguments:**
+    Args:
+      x: float32, float16 or bfloat16, `[T, K]` (row(p) = p // top_k) or `[P, K]` (row(p) = p).
+      weight: `PackedExperts` or a dense float32, float16 or bfloat16 array, `[E, N, K]`.
+      sorted_token_ids: int32 `[P]`, pair ids in any order; sorted by expert is the fast case
+        (`sort_by_expert`). Ids outside [0, P) are ignored; of duplicates the last wins.
+      flat_expert_ids: int32 `[P]`, the expert of each entry. A pair with an expert outside
+        [0, E), or that no entry lists, gives a row of zeros.
+      top_k: slots a token, an int.
+      topk_weights: floating `[P]` or `[T, top_k]`, w; None is 1 everywhere.
+      variant: a `MoEVariant`, or None for the fastest kernel that rounds no activations.
+      implementation: None for the platform's kernel, "reference" for pure JAX, which is
+        differentiable (float64 where x64 is enabled).
+      preferred_element_type: y's dtype, with `variant=None` only.
 
-    - `x`: float32, float16 or bfloat16 `[T, K]` (row(p) = p // top_k) or `[P, K]` (row(p) = p).
-    - `weight`: `PackedExperts` or a dense float32, float16 or bfloat16 array, `[E, N, K]`.
-    - `sorted_token_ids`: int32 `[P]`, pair ids in any order; sorted by expert is the fast case
-      (`sort_by_expert`). Ids outside [0, P) are ignored; of duplicates the last wins.
-    - `flat_expert_ids`: int32 `[P]`, the expert of each entry. A pair with an expert outside [0, E), or
-      that no entry lists, gives a row of zeros.
-    - `top_k`: slots a token, an int.
-    - `topk_weights`: `[P]` or `[T, top_k]`, w; None is 1 everywhere.
-    - `variant`: a `MoEVariant` by name, or None for the fastest kernel that rounds no activations.
-    - `implementation`: None for the platform's kernel, "reference" for pure JAX, which is differentiable.
-    - `preferred_element_type`: y's dtype (with `variant=None` only).
+    Returns:
+      y `[P, N]`, accumulated in float32: float32 for packed weights and of x's dtype for dense
+      ones. `MoEVariant` says what the variants give.
 
-    **Returns:** y `[P, N]`; float32 for packed weights and of x's dtype for dense ones, accumulated in
-    float32 (see `MoEVariant` for the variants).
-
-    **Raises:** TypeError or ValueError when traced, naming the argument; ImportError where the native
-    library cannot work with the installed jaxlib.
+    Raises:
+      TypeError, ValueError: when traced; the message names the argument.
+      ImportError: the native library cannot work with the installed jaxlib.
     """
     problem = gemm_problem(
         x,
@@ -124,9 +126,7 @@ def gemm_problem(
     """Checks the arguments of `moe_gemm`, arrays or ShapeDtypeStructs."""
     check.implementation(implementation)
     variant = as_variant(variant)
-    x_dtypes = ACTIVATION_DTYPES
-    if implementation == "reference" and jax.config.jax_enable_x64:
-        x_dtypes = (*x_dtypes, jnp.float64)  # type: ignore[assignment]
+    x_dtypes = check.float_dtypes(implementation)
     check.array("x", x, rank=2, dtypes=x_dtypes)
     experts, n, k = check.weight("weight", weight)
     if x.shape[1] != k:
@@ -140,7 +140,7 @@ def gemm_problem(
     check.shape("flat_expert_ids", flat_expert_ids, (pairs,), "[P] of sorted_token_ids")
     if pairs % top_k:
         raise ValueError(
-            f"sorted_token_ids has {pairs} entries, which is not a multiple of top_k = {top_k}."
+            f"sorted_token_ids has {pairs} entries, not a multiple of top_k = {top_k}."
         )
     tokens = pairs // top_k
     if x.shape[0] not in (tokens, pairs):
@@ -160,8 +160,8 @@ def gemm_problem(
         preferred = np.dtype(preferred_element_type)
         if variant is not None and preferred != y_dtype:
             raise ValueError(
-                f"preferred_element_type: {variant.name} gives y of {y_dtype}, not {preferred}; leave "
-                "the variant out to choose y's dtype."
+                f"preferred_element_type: {variant.name} gives y of {y_dtype}, not {preferred}; "
+                "leave the variant out to choose y's dtype."
             )
         if preferred not in x_dtypes:
             raise TypeError(f"preferred_element_type is {check.names(x_dtypes)}, not {preferred}.")
@@ -244,7 +244,7 @@ def _fold(op, static: _Static, size, batched, *operands):
 
 
 def fold_ids(ids: Array, element: Array, count: int) -> Array:
-    """Ids of [0, count) of batch element b moved to [b * count, (b + 1) * count); invalid ones to -1."""
+    """Ids in [0, count) of batch element b, moved to [b * count, (b + 1) * count); others to -1."""
     valid = (ids >= 0) & (ids < count)
     return jnp.where(valid, ids + element * count, -1)
 

@@ -16,15 +16,15 @@ from jax_moe._formats import BlockFormat, as_format
 class PackedExperts:
     """Matrices of experts in a GGUF block format: a pytree with one leaf, the bytes.
 
-    **Arguments:**
+    E, N and K always follow from `data`, so stacked layers, slices and shards are PackedExperts
+    too. The constructor checks nothing but the format, since transforms build pytrees of
+    placeholders; the ops check shapes and dtypes when they are traced.
 
-    - `data`: uint8 `[..., E, N, row_bytes]`; row n of expert e is what multiplies the input to give
-      output n, packed along K exactly as in a GGUF file. Leading axes are stacked layers.
-    - `format`: a `BlockFormat`, its name ("Q4_K") or a `gguf.GGMLQuantizationType`. Static.
-
-    E, N and K always follow from `data`, so stacked layers, slices and shards are PackedExperts too.
-    The constructor checks nothing but the format, since transforms build pytrees of placeholders; the
-    ops check shapes and dtypes when they are traced.
+    Attributes:
+      data: uint8 `[..., E, N, row_bytes]`. Row n of expert e multiplies an input to give output n;
+        it is packed along K exactly as in a GGUF file. Leading axes are stacked layers.
+      format: a `BlockFormat`; its name ("Q4_K") or a `gguf.GGMLQuantizationType` may be given.
+        Static.
     """
 
     data: Array
@@ -47,7 +47,7 @@ class PackedExperts:
     def dequantize(self, dtype: Any = jnp.float32) -> Array:
         """The weights `[..., E, N, K]` as an array of `dtype`, rounded once from exact float32.
 
-        Works inside and outside `jax.jit`, on any platform. Values whose magnitude is below 1e-36 may
-        come out as zero, because XLA flushes subnormal numbers on the CPU.
+        Works inside and outside `jax.jit`, on any platform. Values whose magnitude is below 1e-36
+        may come out as zero, because XLA flushes subnormal numbers on the CPU.
         """
         return dequantize(self.data, self.format).astype(dtype)

@@ -1,7 +1,7 @@
 """The ops in pure JAX: what the kernels are measured against, and what can be differentiated.
 
-Every function computes in float32, or in float64 where x64 is enabled, and goes through the experts one
-by one, so that one expert's dequantised matrices are all the extra memory it takes.
+Every function computes in float32, or in float64 where x64 is enabled, and goes through the experts
+one by one, so that one expert's dequantised matrices are all the extra memory it takes.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jax_moe import _check as check
 from jax_moe._activations import activate
 from jax_moe._packed import PackedExperts
 
@@ -17,7 +18,7 @@ Q8_1_BLOCK = 32
 
 
 def accumulator() -> jnp.dtype:
-    return jnp.dtype(jnp.float64 if jax.config.jax_enable_x64 else jnp.float32)
+    return jnp.dtype(jnp.float64 if check.x64_enabled() else jnp.float32)
 
 
 def round_q8_1(x: Array) -> Array:
@@ -149,7 +150,7 @@ def matrix_shape(weight: PackedExperts | Array) -> tuple[int, ...]:
 def _by_expert(
     weights: list, expert_of_row: Array, apply: Callable[..., Array], shape: tuple[int, int]
 ) -> Array:
-    """Rows of `apply(e, *matrices of e)` where `expert_of_row` is e, zeros where it is no expert."""
+    """Rows of `apply(e, *matrices of e)` where `expert_of_row` is e; zeros for no expert."""
     dtype = accumulator()
     num_experts = matrix_shape(weights[0])[0]
 

@@ -5,8 +5,6 @@ import enum
 import jax.numpy as jnp
 import numpy as np
 
-ACTIVATION_DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
-
 
 class MoEVariant(enum.Enum):
     """How a MoE product is computed. The value is the variant's number on the C++ side.
@@ -31,7 +29,7 @@ def as_variant(variant: MoEVariant | None) -> MoEVariant | None:
 def check_variant(
     variant: MoEVariant | None, x_dtype: np.dtype, weights: dict[str, object]
 ) -> None:
-    """Raises where `variant` does not take activations of `x_dtype` or the weights given by name."""
+    """Raises where `variant` does not take activations of `x_dtype` or one of the weights."""
     from jax_moe._packed import PackedExperts
 
     if variant is None:
@@ -40,7 +38,8 @@ def check_variant(
     allowed = (jnp.float32,) if variant is MoEVariant.SCALAR_GGUF else half
     if x_dtype not in allowed:
         raise TypeError(
-            f"{variant.name} takes x of {' or '.join(np.dtype(d).name for d in allowed)}, not {x_dtype}."
+            f"{variant.name} takes x of {' or '.join(np.dtype(d).name for d in allowed)}, "
+            f"not {x_dtype}."
         )
     for name, weight in weights.items():
         packed = isinstance(weight, PackedExperts)

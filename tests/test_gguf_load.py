@@ -179,6 +179,49 @@ MODELS = {
         ),
         {"gating": "sigmoid", "normalize": False, "activation": "relu2"},
     ),
+    "kimi-k3": (
+        model(
+            "kimi-k3",
+            {
+                "expert_gating_func": 2,
+                "expert_shared_count": 1,
+                "embedding_length": 96,
+                "activation.situ_beta": 4.0,
+                "activation.situ_linear_beta": 25.0,
+            },
+            BIAS,
+            {
+                "blk.1.ffn_gate_inp.weight": Weights(4)(4, 96),
+                "blk.1.ffn_routed_down.weight": (Weights(5)(64, 96), "Q8_0"),
+                "blk.1.ffn_routed_up.weight": (Weights(6)(96, 64), "Q5_0"),
+                "blk.1.ffn_routed_norm.weight": Weights(7)(64),
+            },
+            shared_tensors(Weights(8), 1, d_model=96),
+        ),
+        {
+            "gating": "sigmoid",
+            "normalize": False,
+            "activation": "situ",
+            "activation_betas": (4.0, 25.0),
+        },
+    ),
+    "granite_swa": (
+        merged(
+            model(
+                "granite_swa",
+                {"expert_shared_feed_forward_length": 32},
+                {
+                    "blk.1.ffn_up_shexp.weight": (Weights(5)(64, 64), "Q8_0"),
+                    "blk.1.ffn_down_shexp.weight": (Weights(6)(64, 32), "Q8_0"),
+                },
+            )
+        ),
+        {},
+    ),
+    "nomic-bert-moe": (
+        without(model("nomic-bert-moe", {}), "ffn_gate_exps.weight"),
+        {"normalize": False, "activation": "gelu"},
+    ),
     "scales": (
         model(
             "qwen3moe",

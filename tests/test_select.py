@@ -85,7 +85,7 @@ def test_versions_that_jaxlib_accepts_and_refuses():
 
 
 def test_a_refused_library_still_imports():
-    """A binary that is too new: import, info and the reference work, an op raises, JAX stays alive."""
+    """A binary that is too new: import, info, reference and JAX work, and an op raises."""
     program = """
         import json, pathlib, re, tempfile, jax
         real = pathlib.Path(jax.ffi.include_dir())

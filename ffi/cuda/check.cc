@@ -1,7 +1,5 @@
 #include "ffi/cuda/check.h"
 
-#include <initializer_list>
-
 #include "ffi/cuda/packed_formats.h"
 
 namespace jax_moe::cuda {
@@ -25,15 +23,6 @@ ffi::Error Invalid(const std::string& op, const std::string& what) {
 ffi::Error CudaError(const std::string& op, cudaError_t status) {
   if (status == cudaSuccess) return ffi::Error::Success();
   return ffi::Error::Internal(op + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
-}
-
-std::string ShapeOf(const ffi::AnyBuffer& buffer) {
-  std::string text = "[";
-  for (const int64_t dim : buffer.dimensions()) {
-    if (text.size() > 1) text += ", ";
-    text += std::to_string(dim);
-  }
-  return text + "]";
 }
 
 std::optional<Element> ElementOf(ffi::DataType type) {

@@ -139,11 +139,13 @@ def _place(leaf: str, array: Any, target: jax.Device | jax.sharding.Sharding | N
 def _assemble(leaves: Mapping[str, Any]) -> MoEParams:
     """MoEParams from leaves by name; "experts.up" is a leaf of the field `experts`."""
     fields: dict[str, Any] = {}
-    nested: dict[str, dict[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for leaf, value in leaves.items():
         group, _, name = leaf.rpartition(".")
-        (nested.setdefault(group, {}) if group else fields)[name] = value
-    return MoEParams(**fields, **{group: Experts(**values) for group, values in nested.items()})
+        (groups.setdefault(group, {}) if group else fields)[name] = value
+    for group, values in groups.items():
+        fields[group] = Experts(**values)
+    return MoEParams(**fields)
 
 
 def _ranges(indices: list[int]) -> str:

@@ -24,7 +24,7 @@ from jax_moe._gguf.types import GGML_TYPES
 
 # Far above any real model.
 MAX_KEYS = 1 << 16
-MAX_TENSORS = 1 << 18
+MAX_TENSORS = 1 << 16
 MAX_KEY_BYTES = (1 << 16) - 1  # by the specification
 MAX_NAME_BYTES = 1 << 10
 MAX_DIMS = 4

@@ -12,7 +12,7 @@ import numpy as np
 from jax_moe._gguf.cursor import Cursor
 
 # Value types by their number in the file. Bool, string and array are apart.
-_NUMBERS = {
+_NUMBERS: dict[int, np.dtype] = {
     0: np.dtype("<u1"),
     1: np.dtype("<i1"),
     2: np.dtype("<u2"),
@@ -31,7 +31,7 @@ class Value(NamedTuple):
     """Where a value is: its (element) type, its length if it is an array, and its position."""
 
     type: int
-    count: int | None
+    length: int | None
     position: int
 
 
@@ -71,19 +71,19 @@ class Metadata(Mapping[str, Any]):
         value = self._values[key]
         if value.type == _STRING:
             strings = self._strings(key, value)
-            return next(strings) if value.count is None else list(strings)
+            return next(strings) if value.length is None else list(strings)
         dtype = np.dtype(np.uint8) if value.type == _BOOL else _NUMBERS[value.type]
-        count = 1 if value.count is None else value.count
+        count = 1 if value.length is None else value.length
         numbers = np.frombuffer(self._buffer, dtype, count, value.position)
         if value.type == _BOOL:
             if np.any(numbers > 1):
                 raise self._error(f"key {key!r} holds a boolean that is neither 0 nor 1")
             numbers = numbers.astype(np.bool_)
-        return numbers[0].item() if value.count is None else numbers
+        return numbers[0].item() if value.length is None else numbers
 
     def _strings(self, key: str, value: Value) -> Iterator[str]:
         position = value.position
-        for _ in range(1 if value.count is None else value.count):
+        for _ in range(1 if value.length is None else value.length):
             (length,) = struct.unpack_from("<Q", self._buffer, position)
             try:
                 yield self._buffer[position + 8 : position + 8 + length].decode()
@@ -102,4 +102,4 @@ class Metadata(Mapping[str, Any]):
 
     def array_length(self, key: str) -> int | None:
         """The number of elements where the value is an array, else None; decodes nothing."""
-        return self._values[key].count
+        return self._values[key].length

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from jax_moe._gguf.header import TensorInfo
 
@@ -51,7 +52,7 @@ class _Bar:
         self._wanted = wanted
         self._done = 0
         self._start = time.monotonic()
-        self._bar = None
+        self._bar: Any = None
 
     def advance(self, nbytes: int) -> None:
         self._done += nbytes
