@@ -46,11 +46,9 @@ $(VENV)/linted: pyproject.toml $(VENV)/installed
 
 # A build of its own beside the sources' tests: Python loads the sanitised module through a copy of the package.
 sanitize: $(VENV)/installed
-	$(BIN)/pip install -q nanobind cmake ninja
 	tools/sanitize.sh $(BIN)
 
 cuda: $(VENV)/installed
-	$(BIN)/pip install -q nanobind cmake ninja
 	tools/compile_cuda.sh $(BIN)
 
 clean:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe import MoEConfig, MoEParams, moe_block, quantize
+from jax_moe import MoEConfig, MoEParams, _ffi, moe_block, quantize
 from jax_moe import _demo_reference as reference
 from jax_moe._cli import describe_file, layer_table
 from jax_moe._gguf import GGUFFile, GGUFLayer
@@ -39,7 +39,11 @@ def run(path: str | None, *, num_tokens: int = 16, num_layers: int | None = None
 
     Returns:
       the exit status: 1 if a layer's error is above TOLERANCE, or if there is no layer to run.
+
+    Raises:
+      ImportError: where the kernels cannot run, saying why.
     """
+    _ffi.native()  # raises before any work is done
     if path is not None:
         return _run(GGUFFile(path), num_tokens, num_layers)
     with tempfile.TemporaryDirectory() as directory:

@@ -49,8 +49,11 @@ def dequantize(data: Array, format: object) -> Array:
 def _dequantize(data: Array, format: BlockFormat) -> Array:
     *leading, row_bytes = data.shape
     blocks = row_bytes // format.block_bytes
+    shape = (*leading, blocks * format.block_size)
+    if 0 in shape:
+        return jnp.zeros(shape, jnp.float32)
     weights = _DECODERS[format.name](data.reshape(*leading, blocks, format.block_bytes))
-    return weights.reshape(*leading, blocks * format.block_size)
+    return weights.reshape(shape)
 
 
 # --- Reading fields ---

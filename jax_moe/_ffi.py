@@ -7,6 +7,7 @@ and the first use of an op raises the `ImportError` that `unusable()` describes.
 """
 
 import functools
+import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,6 +59,11 @@ def _refusal(built: tuple[int, int]) -> str | None:
 
 def _load() -> tuple[Any, str | None]:
     """The native module, or None, and why it cannot be used, or None."""
+    if importlib.util.find_spec("jax_moe._native") is None:
+        return None, (
+            f"jax_moe's native library is not beside {Path(__file__).parent}; install the package "
+            "(pip install .), and do not import it from its source folder."
+        )
     try:
         from jax_moe import _native  # type: ignore[attr-defined]
     except ImportError as error:
@@ -69,7 +75,40 @@ def _load() -> tuple[Any, str | None]:
     return _native, reason
 
 
+def _load_cuda() -> tuple[Any, str | None]:
+    """The module with the CUDA kernels, or None, and why GPUs cannot be used, or None."""
+    if importlib.util.find_spec("jax_moe._cuda") is None:
+        return None, "jax_moe was built without CUDA kernels; build it with JAX_MOE_CUDA=ON."
+    try:
+        from jax_moe import _cuda  # type: ignore[attr-defined]
+    except ImportError as error:
+        return None, f"jax_moe's CUDA library cannot be loaded: {error}"
+    reason = _refusal(tuple(_cuda.ffi_api_version())) or _driver_refusal(_cuda.build_info())
+    if reason is None:
+        for name, stages in _cuda.cuda_handlers().items():
+            jax.ffi.register_ffi_target(name, stages, platform="CUDA")
+    return _cuda, reason
+
+
+def _driver_refusal(info: dict[str, Any]) -> str | None:
+    """Why the NVIDIA driver cannot run kernels of this CUDA version; None if it can or is absent."""
+    built, driver = info["cuda_version"], info["driver_cuda_version"]
+    if driver == 0 or driver // 1000 >= built // 1000:
+        return None
+    return (
+        f"jax_moe was built with CUDA {cuda_version_name(built)}, and the installed NVIDIA driver "
+        f"supports CUDA up to {cuda_version_name(driver)}. Install a newer driver, or build jax_moe "
+        f"with CUDA {driver // 1000}."
+    )
+
+
+def cuda_version_name(version: int) -> str:
+    """CUDA's version number, like 13000, as "13.0"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 _native, _reason = _load()
+_cuda, _cuda_reason = _load_cuda()
 
 
 def unusable() -> str | None:
@@ -77,16 +116,37 @@ def unusable() -> str | None:
     return _reason
 
 
+def unusable_on_gpu() -> str | None:
+    """Why the FFI ops cannot run on NVIDIA GPUs in this process, or None if they can."""
+    return _reason or _cuda_reason
+
+
 def native() -> Any:
     """The native module. Raises ImportError where the ops cannot run."""
     if _reason is not None:
         raise ImportError(_reason)
+    if _cuda_reason is not None and _runs_on_gpu():
+        raise ImportError(_cuda_reason)
     return _native
+
+
+def _runs_on_gpu() -> bool:
+    """Whether JAX runs on a GPU unless it is told otherwise."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if device is None:
+        return jax.default_backend() == "gpu"
+    return getattr(device, "platform", device) in ("gpu", "cuda")
 
 
 def build_info() -> dict[str, Any]:
     """What the native library was built with; empty if it cannot be loaded."""
-    return {} if _native is None else dict(_native.build_info())
+    info = {} if _native is None else dict(_native.build_info())
+    if _cuda is None:
+        return info | {"cuda": "not built"}
+    cuda = _cuda.build_info()
+    driver = cuda["driver_cuda_version"]
+    supports = f"the driver supports {cuda_version_name(driver)}" if driver else "no driver"
+    return info | {"cuda": f"{cuda_version_name(cuda['cuda_version'])} ({supports})"}
 
 
 def _attribute(value: Any) -> np.generic:

@@ -4,6 +4,7 @@ import os
 import pty
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -74,6 +75,29 @@ def test_inspect_of_no_model(capsys, tmp_path):
     assert str(path) in err
     assert "Traceback" not in err
     assert run(capsys, "inspect", tmp_path / "absent.gguf")[0] == 1
+
+
+def test_inspect_of_merged_projections(capsys, tmp_path):
+    weights = Weights()
+    tensors = expert_tensors(weights, 0)
+    del tensors["blk.0.ffn_gate_exps.weight"], tensors["blk.0.ffn_up_exps.weight"]
+    tensors["blk.0.ffn_gate_up_exps.weight"] = (weights(4, 64, 64), "Q8_0")
+    path = write_gguf(tmp_path / "model.gguf", "deepseek2", model_keys(layers=1), tensors)
+    _, out, _ = run(capsys, "inspect", path)
+    header, row = out.splitlines()[2:4]
+    assert header.split()[6:9] == ["gate_up", "down", "shared"]
+    assert "Q8_0 17.0 KiB  Q5_1 6.0 KiB" in row
+    assert "softmax, top 2 of 4  yes" in row
+
+
+def test_bench_gets_its_arguments(monkeypatch):
+    given = []
+    bench = types.ModuleType("jax_moe._bench")
+    bench.main = lambda arguments: given.extend(arguments)
+    monkeypatch.setitem(sys.modules, "jax_moe._bench", bench)
+    monkeypatch.setattr(jax_moe, "_bench", bench, raising=False)
+    assert _cli.main(["bench", "--formats", "Q4_K"]) == 0
+    assert given == ["--formats", "Q4_K"]
 
 
 def test_info(capsys):

@@ -11,6 +11,6 @@ if ! command -v nvcc >/dev/null; then
   export PATH="$cuda/bin:$PATH" LIBRARY_PATH="$cuda/lib${LIBRARY_PATH:+:$LIBRARY_PATH}"
 fi
 nvcc --version | tail -n 2
-cmake -S . -B build/cuda -G Ninja -DJAX_MOE_CUDA=ON -DPython_EXECUTABLE="$bin/python" \
+cmake -S . -B build/cuda -DJAX_MOE_CUDA=ON -DPython_EXECUTABLE="$bin/python" \
   -Dnanobind_ROOT="$("$bin/python" -m nanobind --cmake_dir)"
 time cmake --build build/cuda --target _cuda

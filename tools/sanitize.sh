@@ -6,7 +6,7 @@ bin=$(cd "$1" && pwd)
 shift
 cd "$(dirname "$0")/.."
 build=build/sanitize
-cmake -S . -B "$build" -G Ninja -DJAX_MOE_CUDA=OFF -DJAX_MOE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+cmake -S . -B "$build" -DJAX_MOE_CUDA=OFF -DJAX_MOE_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo \
   -DPython_EXECUTABLE="$bin/python" -Dnanobind_ROOT="$("$bin/python" -m nanobind --cmake_dir)"
 cmake --build "$build" --target _native
 package=$build/package/jax_moe

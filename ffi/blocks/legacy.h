@@ -1,6 +1,7 @@
 // The oldest formats: 32 weights a block, one f16 scale, in two of them an f16 minimum.
 #pragma once
 
+#include "ffi/blocks/bitmask.h"
 #include "ffi/blocks/decoder.h"
 
 namespace jax_moe {
@@ -61,8 +62,9 @@ struct Q5_0 {
   static JM_HD void Unit(const uint8_t* block, int, uint32_t (&q)[8]) {
     SplitNibbles<2>(block + 6, q);
     // nibble + 16 * bit - 16: where the fifth bit is clear the upper half of the byte is ones.
-    const uint32_t clear = ~LoadU32<2>(block + 2);
-    for (int j = 0; j < 8; ++j) q[j] |= BitsToByteMask(clear >> 4 * j) & 0xf0f0f0f0u;
+    uint32_t clear[8];
+    BitsToByteMasks(~LoadU32<2>(block + 2), clear);
+    for (int j = 0; j < 8; ++j) q[j] |= clear[j] & 0xf0f0f0f0u;
   }
 
   static JM_HD Affine Group(const uint8_t* block, int) {
@@ -80,8 +82,9 @@ struct Q5_1 {
 
   static JM_HD void Unit(const uint8_t* block, int, uint32_t (&q)[8]) {
     SplitNibbles<4>(block + 8, q);
-    const uint32_t set = LoadU32<4>(block + 4);
-    for (int j = 0; j < 8; ++j) q[j] |= BitsToByteMask(set >> 4 * j) & 0x10101010u;
+    uint32_t set[8];
+    BitsToByteMasks(LoadU32<4>(block + 4), set);
+    for (int j = 0; j < 8; ++j) q[j] |= set[j] & 0x10101010u;
   }
 
   static JM_HD Affine Group(const uint8_t* block, int) {

@@ -1,6 +1,7 @@
 // Q1_0 and Q2_0: one or two bits a weight, consecutive from the lowest bit, and an f16 scale.
 #pragma once
 
+#include "ffi/blocks/bitmask.h"
 #include "ffi/blocks/decoder.h"
 
 namespace jax_moe {
@@ -14,8 +15,8 @@ struct Q1_0 {
   static constexpr bool kHasOffset = false;
 
   static JM_HD void Unit(const uint8_t* block, int unit, uint32_t (&q)[8]) {
-    const uint32_t clear = ~LoadU32<2>(block + 2 + 4 * unit);
-    for (int j = 0; j < 8; ++j) q[j] = BitsToByteMask(clear >> 4 * j) | 0x01010101u;
+    BitsToByteMasks(~LoadU32<2>(block + 2 + 4 * unit), q);
+    for (int j = 0; j < 8; ++j) q[j] |= 0x01010101u;
   }
 
   static JM_HD Affine Group(const uint8_t* block, int) {

@@ -1,13 +1,16 @@
 // Signs of the IQ2 and IQ3 formats: a bit for each weight, set where it is negative.
 #pragma once
 
+#include "ffi/blocks/bitmask.h"
 #include "ffi/blocks/decoder.h"
 
 namespace jax_moe {
 
 // Negates the bytes of q, all positive, where the bit of `signs` is set; bit i is of byte i.
 JM_HD void ApplySigns(uint32_t signs, uint32_t (&q)[8]) {
-  for (int j = 0; j < 8; ++j) q[j] = NegateBytes(q[j], BitsToByteMask(signs >> 4 * j));
+  uint32_t mask[8];
+  BitsToByteMasks(signs, mask);
+  for (int j = 0; j < 8; ++j) q[j] = NegateBytes(q[j], mask[j]);
 }
 
 // Four bytes with seven sign bits each: the eighth is such that the number of set bits is even.

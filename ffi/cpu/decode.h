@@ -3,55 +3,48 @@
 
 #include <cstdint>
 #include <cstring>
-#include <utility>
 
 #include "ffi/blocks/formats.h"
 #include "ffi/cpu/convert.h"
+#include "ffi/cpu/decode_simd.h"
 #include "ffi/cpu/kernels.h"
 
 namespace jax_moe::cpu {
 namespace {
 
-template <typename F, int kUnit>
-JM_HD void DecodeUnit(const uint8_t* block, int8_t* q) {
-  uint32_t words[8];
-  F::Unit(block, kUnit, words);
-  std::memcpy(q + 32 * kUnit, words, 32);
-}
-
-template <typename F, int kIndex>
-JM_HD void DecodeGroup(const uint8_t* block, float* scale, float* offset) {
-  const Affine affine = F::Group(block, kIndex);
-  scale[kIndex] = affine.scale;
-  if constexpr (F::kHasOffset) offset[kIndex] = affine.offset;
-}
-
-// Unit and group numbers are constants here, so that what they select costs nothing at run time.
-template <typename F, int... kUnits, int... kGroups>
-JM_HD void DecodeBlock(const uint8_t* block, int8_t* q, float* scale, float* offset,
-                       std::integer_sequence<int, kUnits...>,
-                       std::integer_sequence<int, kGroups...>) {
-  (DecodeGroup<F, kGroups>(block, scale, offset), ...);
-  (DecodeUnit<F, kUnits>(block, q), ...);
-}
-
 template <typename F>
 void DecodeRows(const uint8_t* data, int64_t row_bytes, int rows, int count, Panel* panel) {
   constexpr int kGroups = F::kBlock / F::kGroup;
+  // Small blocks a few at a time; a large one's code is long already.
+  constexpr int kAtOnce = F::kBlock < 256 ? 4 : 1;
   const int blocks = count / F::kBlock;
+  // While this panel is multiplied, memory fetches the next.
+  const int64_t ahead = rows * row_bytes;
   for (int r = 0; r < rows; ++r) {
     const uint8_t* block = data + r * row_bytes;
     int8_t* q = panel->q[r];
     float* scale = panel->scale[r];
     float* offset = panel->offset[r];
-    for (int b = 0; b < blocks; ++b) {
-      __builtin_prefetch(block + 2048);
-      DecodeBlock<F>(block, q, scale, offset, std::make_integer_sequence<int, F::kBlock / 32>(),
-                     std::make_integer_sequence<int, kGroups>());
-      block += F::kBytes;
-      q += F::kBlock;
-      scale += kGroups;
-      offset += kGroups;
+    const auto decode = [&](int i) __attribute__((always_inline)) {
+      Decoder<F>::Groups(block + i * F::kBytes, scale + i * kGroups, offset + i * kGroups);
+      Decoder<F>::Units(block + i * F::kBytes, q + i * F::kBlock);
+    };
+    for (int left = blocks; left > 0;) {
+      const int step = left >= kAtOnce ? kAtOnce : 1;
+      for (int line = 0; line < step * F::kBytes; line += 64) {
+        __builtin_prefetch(block + ahead + line);
+      }
+      if (step == kAtOnce) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kAtOnce; ++i) decode(i);
+      } else {
+        decode(0);
+      }
+      left -= step;
+      block += step * F::kBytes;
+      q += step * F::kBlock;
+      scale += step * kGroups;
+      offset += step * kGroups;
     }
     // Kernels read whole groups of 256 weights; beyond the row the activations are zero.
     for (int pad = count; pad % plan::kRowAlignment != 0; pad += F::kGroup) {

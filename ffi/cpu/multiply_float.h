@@ -7,29 +7,46 @@
 namespace jax_moe::cpu {
 namespace {
 
-// kTokens rows of x against one weight row, dequantised in registers.
+// A tile of four weight rows, dequantised in registers, by kTokens tokens. Four rows at once keep
+// enough independent sums in flight to hide the latency of a multiply-add.
 template <int kGroup, bool kOffset, int kTokens>
-void DotDecoded(const MultiplyArgs& args, int r, int first_token) {
-  const int8_t* q = args.panel->q[r];
-  const float* scale = args.panel->scale[r];
-  const float* offset = args.panel->offset[r];
+void DecodedTile(const MultiplyArgs& args, int first_row, int first_token) {
+  // Rows of the panel lie at constant distances from the first.
+  const int8_t* q = args.panel->q[first_row];
+  const float* scale = args.panel->scale[first_row];
+  const float* offset = args.panel->offset[first_row];
+  constexpr int kRows = 4, kGroupStride = kChunk / 16;
   const float* x[kTokens];
   for (int t = 0; t < kTokens; ++t) {
     x[t] = static_cast<const float*>(args.x[first_token + t]) + args.begin;
   }
-  Vec sum[kTokens][2] = {};
+  Vec sum[kTokens][kRows] = {};
   for (int i = 0; i < args.count; i += kGroup) {
-    const Vec s = Broadcast(*scale++);
-    const Vec o = kOffset ? Broadcast(*offset++) : Vec{};
+    Vec s[kRows], o[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      s[r] = Broadcast(scale[r * kGroupStride]);
+      o[r] = kOffset ? Broadcast(offset[r * kGroupStride]) : Vec{};
+    }
+    ++scale, ++offset;
 #pragma GCC unroll 8
     for (int j = 0; j < kGroup; j += kLanes) {
-      Vec w = LoadInt8(q + i + j);
-      w = kOffset ? w * s + o : w * s;
+      Vec xs[kTokens];
 #pragma GCC unroll 4
-      for (int t = 0; t < kTokens; ++t) sum[t][j / kLanes % 2] += w * Load(x[t] + i + j);
+      for (int t = 0; t < kTokens; ++t) xs[t] = Load(x[t] + i + j);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        Vec w = LoadInt8(q + r * kChunk + i + j);
+        w = kOffset ? w * s[r] + o[r] : w * s[r];
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) sum[t][r] += w * xs[t];
+      }
     }
   }
-  for (int t = 0; t < kTokens; ++t) args.sums[(first_token + t) * kPanelRows + r] += Sum(sum[t][0] + sum[t][1]);
+#pragma GCC unroll 4
+  for (int t = 0; t < kTokens; ++t) {
+    AddSums(sum[t], args.sums + (first_token + t) * kPanelRows + first_row);
+  }
 }
 
 // Dequantises kFloatChunk weights of every row from `from` on.
@@ -87,7 +104,6 @@ inline void MultiplyValues(const MultiplyArgs& args, int from, int count) {
   constexpr int kRows = kLanes == 16 ? 4 : 2;
   for (int t = 0; t < args.tokens;) {
     const int left = args.tokens - t;
-    // Rows beyond args.rows hold stale values; their sums are never read.
     for (int r = 0; r < args.rows; r += kRows) {
       if (left >= 4) {
         FloatTile<kRows, 4>(args, from, count, r, t);
@@ -103,13 +119,15 @@ inline void MultiplyValues(const MultiplyArgs& args, int from, int count) {
 
 template <int kGroup, bool kOffset>
 void MultiplyFloatGroups(const MultiplyArgs& args) {
-  if (args.tokens <= 4) {
-    for (int r = 0; r < args.rows; ++r) {
-      switch (args.tokens) {
-        case 1: DotDecoded<kGroup, kOffset, 1>(args, r, 0); break;
-        case 2: DotDecoded<kGroup, kOffset, 2>(args, r, 0); break;
-        case 3: DotDecoded<kGroup, kOffset, 3>(args, r, 0); break;
-        case 4: DotDecoded<kGroup, kOffset, 4>(args, r, 0); break;
+  // Rows beyond args.rows hold stale values; their sums are never read.
+  if (args.tokens <= 3) {
+    for (int r = 0; r < args.rows; r += 4) {
+      if (args.tokens == 1) {
+        DecodedTile<kGroup, kOffset, 1>(args, r, 0);
+      } else if (args.tokens == 2) {
+        DecodedTile<kGroup, kOffset, 2>(args, r, 0);
+      } else {
+        DecodedTile<kGroup, kOffset, 3>(args, r, 0);
       }
     }
     return;

@@ -9,28 +9,23 @@ namespace {
 
 #if defined(__AVX512VNNI__)
 
-// Copies scales or offsets of 256 weights to the 16 lanes of a register.
+// The scales or offsets of 256 weights; with groups of 32 the upper lanes are zero.
 template <int kGroup>
 JM_HD __m512 LoadGroups(const float* p) {
   if constexpr (kGroup == 16) return _mm512_loadu_ps(p);
-  return _mm512_castps256_ps512(_mm256_loadu_ps(p));
+  return _mm512_zextps256_ps512(_mm256_loadu_ps(p));
 }
 
-// kTokens quantised rows against one weight row, 64 weights a step.
-template <int kGroup, bool kOffset, int kTokens>
-void DotQuantized(const MultiplyArgs& args, int r, int first_token) {
-  const int8_t* q = args.panel->q[r];
-  const float* scales = args.panel->scale[r];
-  const float* offsets = args.panel->offset[r];
+// A tile of kRows weight rows by kTokens quantised rows, 64 weights a step. Several at once keep enough
+// independent sums in flight to hide the latency of a multiply-add.
+template <int kGroup, bool kOffset, int kRows, int kTokens>
+void QuantizedTile(const MultiplyArgs& args, int first_row, int first_token) {
+  const Panel& panel = *args.panel;
   const __m512i flip = _mm512_set1_epi8(-128);
   const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
   // Lane i of step j holds the products of weights 64 j + 4 i .. 64 j + 4 i + 3.
-  __m512i lane_group = _mm512_srli_epi32(
+  const __m512i lane_group = _mm512_srli_epi32(
       _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), kGroup == 16 ? 2 : 3);
-  __m512i step_group[4];
-  for (int j = 0; j < 4; ++j) {
-    step_group[j] = _mm512_add_epi32(lane_group, _mm512_set1_epi32(64 / kGroup * j));
-  }
   const int8_t* xq[kTokens];
   const int32_t* bias[kTokens];
   const float *d[kTokens], *group_sum[kTokens];
@@ -41,44 +36,68 @@ void DotQuantized(const MultiplyArgs& args, int r, int first_token) {
     d[t] = row.d + args.begin / 32;
     group_sum[t] = kGroup == 16 ? row.sum16 + args.begin / 16 : row.sum32 + args.begin / 32;
   }
-  __m512 sum[kTokens], offset_sum[kTokens];
-  for (int t = 0; t < kTokens; ++t) sum[t] = offset_sum[t] = _mm512_setzero_ps();
+  __m512 sum[kRows][kTokens], offset_sum[kRows][kTokens];
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kTokens; ++t) sum[r][t] = offset_sum[r][t] = _mm512_setzero_ps();
+  }
   for (int i = 0; i < args.count; i += 256) {
-    const __m512 scale = LoadGroups<kGroup>(scales + i / kGroup);
-    __m512 scaled[kTokens];
+    __m512 scaled[kRows][kTokens];
+#pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) {
       __m512 dt = _mm512_castps256_ps512(_mm256_loadu_ps(d[t] + i / 32));
       if constexpr (kGroup == 16) dt = _mm512_permutexvar_ps(twice, dt);
-      scaled[t] = _mm512_mul_ps(scale, dt);
-    }
-    if constexpr (kOffset) {
-      const __m512 offset = LoadGroups<kGroup>(offsets + i / kGroup);
-      for (int t = 0; t < kTokens; ++t) {
-        offset_sum[t] = _mm512_fmadd_ps(
-            offset, LoadGroups<kGroup>(group_sum[t] + i / kGroup), offset_sum[t]);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        scaled[r][t] = _mm512_mul_ps(LoadGroups<kGroup>(panel.scale[first_row + r] + i / kGroup), dt);
+      }
+      if constexpr (kOffset) {
+        const __m512 sums = LoadGroups<kGroup>(group_sum[t] + i / kGroup);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          offset_sum[r][t] =
+              _mm512_fmadd_ps(LoadGroups<kGroup>(panel.offset[first_row + r] + i / kGroup), sums,
+                              offset_sum[r][t]);
+        }
       }
     }
-    const int steps = args.count - i >= 256 ? 4 : (args.count - i + 63) / 64;
+    const auto step = [&](int j) __attribute__((always_inline)) {
+      const __m512i group = _mm512_add_epi32(lane_group, _mm512_set1_epi32(64 / kGroup * j));
+      __m512i w[kRows];
 #pragma GCC unroll 4
-    for (int j = 0; j < steps; ++j) {
-      const __m512i w = _mm512_xor_si512(_mm512_loadu_si512(q + i + 64 * j), flip);
+      for (int r = 0; r < kRows; ++r) {
+        w[r] = _mm512_xor_si512(_mm512_loadu_si512(panel.q[first_row + r] + i + 64 * j), flip);
+      }
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {
-        const __m512i dot = _mm512_dpbusd_epi32(_mm512_loadu_si512(bias[t] + i / 4 + 16 * j), w,
-                                                _mm512_loadu_si512(xq[t] + i + 64 * j));
-        sum[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot),
-                                 _mm512_permutexvar_ps(step_group[j], scaled[t]), sum[t]);
+        const __m512i x = _mm512_loadu_si512(xq[t] + i + 64 * j);
+        const __m512i start = _mm512_loadu_si512(bias[t] + i / 4 + 16 * j);
+#pragma GCC unroll 4
+        for (int r = 0; r < kRows; ++r) {
+          const __m512i dot = _mm512_dpbusd_epi32(start, w[r], x);
+          sum[r][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot),
+                                      _mm512_permutexvar_ps(group, scaled[r][t]), sum[r][t]);
+        }
       }
+    };
+    if (args.count - i >= 256) {
+      step(0), step(1), step(2), step(3);
+    } else {
+      for (int j = 0; j < (args.count - i + 63) / 64; ++j) step(j);
     }
   }
+#pragma GCC unroll 4
   for (int t = 0; t < kTokens; ++t) {
-    // With groups of 32 the upper half of offset_sum is what the cast left there.
-    float total = _mm512_reduce_add_ps(sum[t]);
-    if constexpr (kOffset) {
-      total += kGroup == 16 ? _mm512_reduce_add_ps(offset_sum[t])
-                            : _mm512_mask_reduce_add_ps(0x00ff, offset_sum[t]);
+    Vec total[4] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      total[r] = Vec(kOffset ? _mm512_add_ps(sum[r][t], offset_sum[r][t]) : sum[r][t]);
     }
-    args.sums[(first_token + t) * kPanelRows + r] += total;
+    float* out = args.sums + (first_token + t) * kPanelRows + first_row;
+    if constexpr (kRows == 4) {
+      AddSums(total, out);
+    } else {
+      for (int r = 0; r < kRows; ++r) out[r] += Sum(total[r]);
+    }
   }
 }
 
@@ -194,46 +213,61 @@ JM_HD Vec Dot32(const int8_t* w, const int8_t* x) {
 }
 #endif
 
-template <int kGroup, bool kOffset, int kTokens>
-void DotQuantized(const MultiplyArgs& args, int r, int first_token) {
-  const int8_t* q = args.panel->q[r];
-  const float* scale = args.panel->scale[r];
-  const float* offset = args.panel->offset[r];
+template <int kGroup, bool kOffset, int kRows, int kTokens>
+void QuantizedTile(const MultiplyArgs& args, int first_row, int first_token) {
+  const Panel& panel = *args.panel;
   constexpr int kHalves = 32 / kGroup;
+  const int8_t* xq[kTokens];
+  const float *d[kTokens], *group_sum[kTokens];
   for (int t = 0; t < kTokens; ++t) {
     const QuantizedRow row(args.x[first_token + t], args.k);
-    const int8_t* xq = row.q + args.begin;
-    const float* d = row.d + args.begin / 32;
-    const float* group_sum =
-        kGroup == 16 ? row.sum16 + args.begin / 16 : row.sum32 + args.begin / 32;
-    float offset_sum = 0.0f;
+    xq[t] = row.q + args.begin;
+    d[t] = row.d + args.begin / 32;
+    group_sum[t] = kGroup == 16 ? row.sum16 + args.begin / 16 : row.sum32 + args.begin / 32;
+  }
 #if defined(__AVX2__)
-    Vec sum = {};
+  Vec sum[kRows][kTokens] = {};
 #else
-    float sum = 0.0f;
+  float sum[kRows][kTokens] = {};
 #endif
-    for (int u = 0; u < args.count / 32; ++u) {
-      const float low = scale[kHalves * u] * d[u];
-      const float high = scale[kHalves * u + kHalves - 1] * d[u];
+  float offset_sum[kRows][kTokens] = {};
+  for (int u = 0; u < args.count / 32; ++u) {
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const int8_t* q = panel.q[first_row + r] + 32 * u;
+      const float* scale = panel.scale[first_row + r] + kHalves * u;
+      const float* offset = panel.offset[first_row + r] + kHalves * u;
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) {
+        const float low = scale[0] * d[t][u];
+        const float high = scale[kHalves - 1] * d[t][u];
 #if defined(__AVX2__)
-      sum += Dot32(q + 32 * u, xq + 32 * u) *
-             Vec(_mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low)));
+        sum[r][t] += Dot32(q, xq[t] + 32 * u) *
+                     Vec(_mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low)));
 #else
-      int dot[2] = {};
-      for (int h = 0; h < 2; ++h) {
-        for (int i = 0; i < 16; ++i) dot[h] += q[32 * u + 16 * h + i] * xq[32 * u + 16 * h + i];
+        int dot[2] = {};
+        for (int h = 0; h < 2; ++h) {
+          for (int i = 16 * h; i < 16 * h + 16; ++i) dot[h] += q[i] * xq[t][32 * u + i];
+        }
+        sum[r][t] += low * static_cast<float>(dot[0]) + high * static_cast<float>(dot[1]);
+#endif
+        if constexpr (kOffset) {
+          for (int h = 0; h < kHalves; ++h) {
+            offset_sum[r][t] += offset[h] * group_sum[t][kHalves * u + h];
+          }
+        }
       }
-      sum += low * static_cast<float>(dot[0]) + high * static_cast<float>(dot[1]);
-#endif
     }
-    if constexpr (kOffset) {
-      for (int g = 0; g < args.count / kGroup; ++g) offset_sum += offset[g] * group_sum[g];
-    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int t = 0; t < kTokens; ++t) {
 #if defined(__AVX2__)
-    args.sums[(first_token + t) * kPanelRows + r] += Sum(sum) + offset_sum;
+      const float total = Sum(sum[r][t]);
 #else
-    args.sums[(first_token + t) * kPanelRows + r] += sum + offset_sum;
+      const float total = sum[r][t];
 #endif
+      args.sums[(first_token + t) * kPanelRows + first_row + r] += total + offset_sum[r][t];
+    }
   }
 }
 
@@ -251,11 +285,12 @@ void MultiplyQuantizedGroups(const MultiplyArgs& args) {
     return;
   }
 #endif
+  // Rows beyond args.rows hold stale values; their sums are never read.
   for (; t + 2 <= args.tokens; t += 2) {
-    for (int r = 0; r < args.rows; ++r) DotQuantized<kGroup, kOffset, 2>(args, r, t);
+    for (int r = 0; r < args.rows; r += 2) QuantizedTile<kGroup, kOffset, 2, 2>(args, r, t);
   }
   for (; t < args.tokens; ++t) {
-    for (int r = 0; r < args.rows; ++r) DotQuantized<kGroup, kOffset, 1>(args, r, t);
+    for (int r = 0; r < args.rows; r += 4) QuantizedTile<kGroup, kOffset, 4, 1>(args, r, t);
   }
 }
 

@@ -30,7 +30,15 @@ JM_HD Vec Load(const float* p) {
   return v;
 }
 
-JM_HD Vec Broadcast(float f) { return Vec{} + f; }
+JM_HD Vec Broadcast(float f) {
+#if defined(__AVX512F__)
+  return Vec(_mm512_set1_ps(f));
+#elif defined(__AVX2__)
+  return Vec(_mm256_set1_ps(f));
+#else
+  return Vec{f, f, f, f};
+#endif
+}
 
 // kLanes 8-bit integers as floats.
 JM_HD Vec LoadInt8(const int8_t* p) {
@@ -55,6 +63,28 @@ JM_HD float Sum(Vec v) {
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 #else
   return (v[0] + v[2]) + (v[1] + v[3]);
+#endif
+}
+
+// out[i] += the sum of v[i]'s lanes, i = 0 .. 3.
+JM_HD void AddSums(const Vec (&v)[4], float* out) {
+#if defined(__AVX2__)
+  __m256 half[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+    half[i] = _mm256_add_ps(_mm512_castps512_ps256(__m512(v[i])),
+                            _mm512_extractf32x8_ps(__m512(v[i]), 1));
+#else
+    half[i] = __m256(v[i]);
+#endif
+  }
+  const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]),
+                                     _mm256_hadd_ps(half[2], half[3]));
+  const __m128 total = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), total));
+#else
+  for (int i = 0; i < 4; ++i) out[i] += Sum(v[i]);
 #endif
 }
 

@@ -73,15 +73,24 @@ struct Product<W, float> {
   }
 };
 
+// float32 weights: two tf32 parts, so that the activations' rounding stays the only one.
 template <>
 struct Product<float, float> {
   __device__ __forceinline__ static void Add(float (&sum)[4], const Eight<float>& row_g,
                                              const Eight<float>& row_g8, const Eight<float>& x) {
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
-      const uint32_t a[4] = {RoundTF32(row_g.v[i]), RoundTF32(row_g8.v[i]),
-                             RoundTF32(row_g.v[i + 1]), RoundTF32(row_g8.v[i + 1])};
-      MultiplyTF32(sum, a, RoundTF32(x.v[i]), RoundTF32(x.v[i + 1]));
+      const float w[4] = {row_g.v[i], row_g8.v[i], row_g.v[i + 1], row_g8.v[i + 1]};
+      uint32_t high[4], low[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        high[j] = __float_as_uint(w[j]) & 0xffffe000u;  // truncated, so that it stays finite
+        const float rest = w[j] - __uint_as_float(high[j]);
+        low[j] = RoundTF32(isfinite(w[j]) ? rest : 0.0f);
+      }
+      const uint32_t b0 = RoundTF32(x.v[i]), b1 = RoundTF32(x.v[i + 1]);
+      MultiplyTF32(sum, high, b0, b1);
+      MultiplyTF32(sum, low, b0, b1);
     }
   }
 };
@@ -99,7 +108,7 @@ __device__ __forceinline__ void AddColumns(const GemmArgs& args, const Band& ban
   }
   const auto* x = static_cast<const X*>(args.x.values);
 #pragma unroll(kTokens == 8 ? 4 : 1)
-  for (int base = split * 32; base < k; base += args.splits * 32) {
+  for (int base = split * 32; base < k; base += 32 << args.log_splits) {
     const int column = base + 8 * t;
     const Eight<W> row_g = LoadEight<W, kAligned>(rows[0], column, k);
     const Eight<W> row_g8 = LoadEight<W, kAligned>(rows[1], column, k);
@@ -116,15 +125,12 @@ template <typename W, typename X, int kTokens>
 __global__ void __launch_bounds__(32 * kWarps) DenseGemm(const __grid_constant__ GemmArgs args) {
   constexpr int kTiles = kTokens / 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int splits = args.splits, split = warp % splits;
-  const int64_t bands = (args.rows[0] + 15) / 16 + (args.rows[1] + 15) / 16;
-  const int bands_a_block = kWarps / splits;
-  const unsigned blocks = static_cast<unsigned>((bands + bands_a_block - 1) / bands_a_block);
-  const int tile_index = blockIdx.x / blocks;
-  if (tile_index >= *args.lists.num_tiles) return;
-  const TokenTile tile = args.lists.tiles[tile_index];
-  const Band band = FindBand(
-      args, tile.expert, static_cast<int64_t>(blockIdx.x % blocks) * bands_a_block + warp / splits, 16);
+  const int num_tiles = *args.lists.num_tiles;
+  const TokenTile tile = args.lists.tiles[blockIdx.y];
+  if (static_cast<int>(blockIdx.y) >= num_tiles) return;
+  const int log_splits = args.log_splits, splits = 1 << log_splits, split = warp & (splits - 1);
+  const Band band =
+      FindBand(args, tile.expert, (blockIdx.x << (2 - log_splits)) + (warp >> log_splits), 16);
 
   int64_t x_rows[kTiles];
   for (int n = 0; n < kTiles; ++n) {

@@ -105,26 +105,25 @@ __global__ void __launch_bounds__(128) NarrowGemm(const __grid_constant__ GemmAr
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
-  const int splits = args.splits, split = warp % splits;
-  const int64_t bands = (args.rows[0] + 15) / 16 + (args.rows[1] + 15) / 16;
-  const int bands_a_block = Shape::kWarps / splits;
-  const unsigned blocks = static_cast<unsigned>((bands + bands_a_block - 1) / bands_a_block);
-  const int tile_index = blockIdx.x / blocks;
-  if (tile_index >= *args.lists.num_tiles) return;
-  const TokenTile tile = args.lists.tiles[tile_index];
+  // Read together: tiles past the last one hold anything.
+  const int num_tiles = *args.lists.num_tiles;
+  const TokenTile tile = args.lists.tiles[blockIdx.y];
+  if (static_cast<int>(blockIdx.y) >= num_tiles) return;
+  const int log_splits = args.log_splits, splits = 1 << log_splits, split = warp & (splits - 1);
   const Band band = FindBand(
-      args, tile.expert, static_cast<int64_t>(blockIdx.x % blocks) * bands_a_block + warp / splits,
-      Shape::kRows);
+      args, tile.expert, (blockIdx.x << (2 - log_splits)) + (warp >> log_splits), Shape::kRows);
 
   typename Shape::Warp& own = reinterpret_cast<typename Shape::Warp*>(shared)[warp];
   const int units_total = static_cast<int>(args.k / 32);
   const int chunks = band.valid ? (units_total + kUnits - 1) / kUnits : 0;
   float sum[4] = {};
+  const RowCopier<Raw> copier(band.rows, band.begin + lane / 2, lane % 2);
+  const int slot = lane / 2 * Raw::kSlot;
 
 #pragma unroll
   for (int stage = 0; stage < kStages - 1; ++stage) {
     const int chunk = split + stage * splits;
-    if (chunk < chunks) CopyRaw<Raw, 16, 32>(own.raw[stage], band.rows, band.begin, chunk, lane);
+    if (chunk < chunks) copier.Copy(own.raw[stage] + slot, chunk);
     CommitCopies();
   }
 
@@ -142,6 +141,8 @@ __global__ void __launch_bounds__(128) NarrowGemm(const __grid_constant__ GemmAr
     }
   }
 
+  const int decode_row = lane % 16;
+  const uint8_t* decode_from = band.rows.tensor + band.rows.Start(band.begin + decode_row);
   int stage = 0;
   for (int chunk = split; chunk < chunks; chunk += splits) {
     const int units = min(kUnits, units_total - chunk * kUnits);
@@ -157,21 +158,19 @@ __global__ void __launch_bounds__(128) NarrowGemm(const __grid_constant__ GemmAr
     }
     const int next = chunk + (kStages - 1) * splits;
     const int next_stage = stage == 0 ? kStages - 1 : stage - 1;
-    if (next < chunks) {
-      CopyRaw<Raw, 16, 32>(own.raw[next_stage], band.rows, band.begin, next, lane);
-    }
+    if (next < chunks) copier.Copy(own.raw[next_stage] + slot, next);
     CommitCopies();
     WaitCopies<kStages - 1>();
     __syncwarp();
 
-    const int row = lane % 16;
-    const uint8_t* raw = own.raw[stage] + row * Raw::kSlot +
-        (Raw::kAligned ? 0 : band.rows.template Start<Raw>(band.begin + row, chunk) & 15);
+    const uint8_t* raw = own.raw[stage] + decode_row * Raw::kSlot +
+        (Raw::kAligned ? 0 : Shift<Raw>(decode_from, chunk));
 #pragma unroll 2
     for (int u = lane / 16; u < units; u += 2) {
       constexpr int kUnitsABlock = Format::kBlock / 32;
-      DecodeUnit<Format>(raw + u / kUnitsABlock * Format::kBytes, u % kUnitsABlock,
-                         own.q + row * Shape::kRowBytes + 32 * u, &own.scales[u][row]);
+      own.scales[u][decode_row] =
+          DecodeUnit<Format>(raw + u / kUnitsABlock * Format::kBytes, u % kUnitsABlock,
+                             own.q + decode_row * Shape::kRowBytes + 32 * u);
     }
     __syncwarp();
 

@@ -24,6 +24,13 @@ struct RawChunk {
   static constexpr int kSlot = 16 * kPieces;
 };
 
+// Where in its slot chunk `chunk` of the row at `row` begins.
+template <typename Raw>
+__device__ __forceinline__ int Shift(const uint8_t* row, int chunk) {
+  return static_cast<int>(static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row)) +
+                          static_cast<uint32_t>(chunk) * Raw::kBytes) & 15;
+}
+
 // One expert's rows of one of the two weight matrices.
 struct Rows {
   const uint8_t* tensor;  // 16-byte aligned
@@ -32,10 +39,9 @@ struct Rows {
   int count;
   int64_t row_bytes;
 
-  // Byte of the tensor at which chunk `chunk` of row `row` begins; rows past the end repeat the last.
-  template <typename Raw>
-  __device__ __forceinline__ int64_t Start(int row, int chunk) const {
-    return (first + min(row, count - 1)) * row_bytes + static_cast<int64_t>(chunk) * Raw::kBytes;
+  // Byte of the tensor at which row `row` begins; rows past the end repeat the last.
+  __device__ __forceinline__ int64_t Start(int row) const {
+    return (first + min(row, count - 1)) * row_bytes;
   }
 };
 
@@ -60,26 +66,35 @@ __device__ __forceinline__ Band FindBand(const GemmArgs& args, int expert, int64
           begin < rows};
 }
 
-// Starts copying chunk `chunk` of kRows rows; `thread` of kThreads threads take part.
-template <typename Raw, int kRows, int kThreads>
-__device__ __forceinline__ void CopyRaw(uint8_t* shared, const Rows& rows, int row0, int chunk,
-                                        int thread) {
-  const int length = static_cast<int>(
-      min(static_cast<int64_t>(Raw::kBytes),
-          rows.row_bytes - static_cast<int64_t>(chunk) * Raw::kBytes));
-#pragma unroll 2
-  for (int i = thread; i < kRows * Raw::kPieces; i += kThreads) {
-    const int row = i / Raw::kPieces;
-    const int piece = i % Raw::kPieces;
-    const int64_t start = rows.Start<Raw>(row0 + row, chunk);
-    const int shift = Raw::kAligned ? 0 : static_cast<int>(start & 15);
-    if (16 * piece >= shift + length) continue;
-    const int64_t from = start - shift + 16 * piece;
-    const int valid =
-        Raw::kAligned ? 16 : static_cast<int>(min(int64_t{16}, rows.tensor_bytes - from));
-    CopyAsync16(shared + row * Raw::kSlot + 16 * piece, rows.tensor + from, valid);
+// Copies chunks of a row to shared memory. Two threads share a row and take every other 16 bytes.
+template <typename Raw>
+class RowCopier {
+ public:
+  __device__ __forceinline__ RowCopier(const Rows& rows, int row, int half)
+      : from_(rows.tensor + rows.Start(row)),
+        row_bytes_(static_cast<int>(rows.row_bytes)),
+        left_(static_cast<int>(min(rows.tensor_bytes - rows.Start(row), int64_t{1} << 30))),
+        half_(half) {}
+
+  __device__ __forceinline__ void Copy(uint8_t* slot, int chunk) const {
+    const int begin = chunk * Raw::kBytes;
+    const int shift = Raw::kAligned ? 0 : Shift<Raw>(from_, chunk);
+    const int end = min(begin + Raw::kBytes, row_bytes_) - begin + shift;
+    const uint8_t* from = from_ + begin - shift + 16 * half_;
+    slot += 16 * half_;
+#pragma unroll
+    for (int i = 0; i < (Raw::kPieces + 1) / 2; ++i) {
+      const int at = 32 * i + 16 * half_;
+      // Reads past the row's end, into the next one, but not past the tensor's.
+      const int valid = Raw::kAligned ? 16 : min(16, left_ - begin + shift - at);
+      if (at < end) CopyAsync16(slot + 32 * i, from + 32 * i, valid);
+    }
   }
-}
+
+ private:
+  const uint8_t* from_;
+  int row_bytes_, left_, half_;
+};
 
 // Scale and offset of the one or two groups in a unit.
 template <typename Format>
@@ -94,21 +109,21 @@ struct alignas(4 * (32 / Format::kGroup) * (Format::kHasOffset ? 2 : 1)) UnitSca
 
 // Decodes one unit to 32 bytes in lane order (Layout::kF16Lanes): words 0 4 1 5 2 6 3 7.
 template <typename Format>
-__device__ __forceinline__ void DecodeUnit(const uint8_t* block, int unit, uint8_t* q,
-                                           UnitScales<Format>* scales) {
+__device__ __forceinline__ UnitScales<Format> DecodeUnit(const uint8_t* block, int unit, uint8_t* q) {
+  using Scales = UnitScales<Format>;
   uint32_t w[8];
   Format::Unit(block, unit, w);
   uint4* to = reinterpret_cast<uint4*>(q);
   to[0] = make_uint4(w[0], w[4], w[1], w[5]);
   to[1] = make_uint4(w[2], w[6], w[3], w[7]);
-  UnitScales<Format> result;
+  Scales result;
 #pragma unroll
-  for (int i = 0; i < UnitScales<Format>::kGroups; ++i) {
-    const Affine affine = Format::Group(block, unit * UnitScales<Format>::kGroups + i);
-    result.terms[i * UnitScales<Format>::kTerms] = affine.scale;
-    if constexpr (Format::kHasOffset) result.terms[i * UnitScales<Format>::kTerms + 1] = affine.offset;
+  for (int i = 0; i < Scales::kGroups; ++i) {
+    const Affine affine = Format::Group(block, unit * Scales::kGroups + i);
+    result.terms[i * Scales::kTerms] = affine.scale;
+    if constexpr (Format::kHasOffset) result.terms[i * Scales::kTerms + 1] = affine.offset;
   }
-  *scales = result;
+  return result;
 }
 
 // Four int8 to four f16, exactly: 1024 + 128 + q is an f16 whose low byte is q ^ 0x80.

@@ -74,10 +74,9 @@ class GGUFFile:
         Args:
           layer: the layer's index in the model, as in `layers`.
           device_or_sharding: where to put the arrays; JAX's default device if None. A NamedSharding
-            is for the routed experts, `[E, N, row_bytes]`, and its mesh's devices each get a copy
-            of all
-            else: with `NamedSharding(mesh, P("expert"))` every device holds its share of the
-              experts.
+            is for the routed experts, `[E, N, row_bytes]`; of everything else each device of its
+            mesh gets a copy. With `NamedSharding(mesh, P("expert"))` every device holds its share
+            of the experts.
           progress: whether to show a progress bar on stderr when the load takes more than a second;
             None: if stderr is a terminal.
 

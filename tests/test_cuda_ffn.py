@@ -1,0 +1,193 @@
+"""moe_ffn on an NVIDIA GPU against float64: formats, activations, options, shapes, ids."""
+
+import cuda_cases as cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import jax_moe
+from jax_moe import Experts, MoEVariant, Routing
+
+pytestmark = pytest.mark.gpu
+
+# Tokens, experts, slots, d_model and d_expert at least.
+SHAPES = {
+    "narrow": (6, 5, 2, 300, 200),
+    "medium": (40, 6, 3, 96, 160),
+    "wide": (150, 3, 2, 280, 90),
+}
+LIMIT = {"swiglu_clamp": 0.7, "swiglu_clamp_after": 0.7, "swiglu_oai": 7.0}
+
+
+def problem(formats, shape, seed=0, gated=True, merged=False):
+    """x [T, H] in float64, Routing, Experts and their float64 matrices for the oracle."""
+    tokens, experts, top_k, d_model, d_expert = shape
+    gate_format, up_format, down_format = formats
+    d_model = oracle.width(gate_format, oracle.width(up_format, d_model))
+    d_expert = oracle.width(down_format, d_expert)
+    rng = np.random.default_rng(seed)
+    matrices, exact = {}, {"gate": None}
+    if merged:
+        both, both_exact = oracle.packed(gate_format, experts, 2 * d_expert, d_model, seed)
+        matrices["gate_up"] = both
+        exact["gate"], exact["up"] = both_exact[:, :d_expert], both_exact[:, d_expert:]
+    else:
+        matrices["up"], exact["up"] = oracle.packed(up_format, experts, d_expert, d_model, seed)
+        if gated:
+            matrices["gate"], exact["gate"] = oracle.packed(
+                gate_format, experts, d_expert, d_model, seed + 1
+            )
+    matrices["down"], exact["down"] = oracle.packed(down_format, experts, d_model, d_expert, seed)
+    routing = oracle.random_routing(rng, tokens, experts, top_k)
+    return rng.standard_normal((tokens, d_model)), routing, Experts(**matrices), exact
+
+
+def check(x, routing, experts, exact, bound, oracle_options=None, **options):
+    call = jax.jit(lambda *args: jax_moe.moe_ffn(*args, **options))
+    first = call(x, routing, experts)
+    cases.poison(first)
+    second = call(x, routing, experts)
+    assert first.dtype == x.dtype
+    assert cases.same_bits(first, second)
+    expected = oracle.ffn(
+        x,
+        routing.expert_ids,
+        routing.weights,
+        **exact,
+        act=options.get("activation", "swiglu"),
+        limit=options.get("activation_limit"),
+        betas=options.get("activation_betas"),
+        weights_before=options.get("weights_before", False),
+        **(oracle_options or {}),
+    )
+    error = oracle.relative_error(second, expected)
+    assert error <= bound, f"relative error {error:.2e} > {bound}"
+    return second
+
+
+@pytest.mark.parametrize("format_name", oracle.all_formats())
+@pytest.mark.parametrize("kernel", SHAPES)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+def test_formats(format_name, kernel, dtype):
+    x, *rest = problem((format_name,) * 3, SHAPES[kernel])
+    check(jnp.asarray(x, dtype), *rest, cases.bound(dtype))
+
+
+@pytest.mark.parametrize("format_name", oracle.all_formats())
+def test_scalar_gguf(format_name):
+    x, *rest = problem((format_name,) * 3, SHAPES["narrow"])
+    x = jnp.asarray(x, jnp.float32)
+    check(x, *rest, 2 * oracle.Q8_1_BOUND, variant=MoEVariant.SCALAR_GGUF)
+
+
+@pytest.mark.parametrize("kernel", SHAPES)
+@pytest.mark.parametrize(
+    "formats", (("Q4_K", "Q4_K", "Q6_K"), ("Q4_0", "Q8_0", "MXFP4"), ("Q5_K", "IQ2_S", "NVFP4"))
+)
+def test_three_formats(kernel, formats):
+    x, *rest = problem(formats, SHAPES[kernel])
+    check(jnp.asarray(x, jnp.float16), *rest, cases.bound("float16"))
+
+
+@pytest.mark.parametrize("merged", (False, True))
+@pytest.mark.parametrize("activation", ("swiglu", "geglu", "reglu", "situ", *LIMIT))
+def test_gated_activations_with_biases_and_scales(activation, merged):
+    x, routing, experts, exact = problem(("Q4_K", "Q4_K", "Q6_K"), SHAPES["narrow"], merged=merged)
+    num_experts, d_expert, d_model = exact["up"].shape
+    rng = np.random.default_rng(4)
+    bias = [rng.standard_normal((num_experts, n)) for n in (d_expert, d_expert, d_model)]
+    scale = [rng.uniform(0.5, 2, num_experts) for _ in range(3)]
+    if merged:
+        scale[1] = scale[0]
+        extra = dict(
+            gate_up_bias=np.concatenate(bias[:2], axis=1), gate_up_scale=scale[0]
+        )
+    else:
+        extra = dict(gate_bias=bias[0], up_bias=bias[1], gate_scale=scale[0], up_scale=scale[1])
+    extra |= dict(down_bias=bias[2], down_scale=scale[2])
+    fields = {name: getattr(experts, name) for name in ("gate", "up", "gate_up", "down")}
+    experts = Experts(**fields, **{k: jnp.asarray(v, jnp.float32) for k, v in extra.items()})
+    check(
+        jnp.asarray(x, jnp.float32),
+        routing,
+        experts,
+        exact,
+        cases.bound("float32"),
+        dict(bias=bias, scale=scale),
+        activation=activation,
+        activation_limit=LIMIT.get(activation),
+        activation_betas=(1.5, 2.5) if activation == "situ" else None,
+    )
+
+
+@pytest.mark.parametrize("activation", ("silu", "gelu", "relu2"))
+@pytest.mark.parametrize("kernel", SHAPES)
+def test_activations_without_a_gate(activation, kernel):
+    x, *rest = problem(("Q8_0",) * 3, SHAPES[kernel], gated=False)
+    check(jnp.asarray(x, jnp.float32), *rest, cases.bound("float32"), activation=activation)
+
+
+@pytest.mark.parametrize("kernel", SHAPES)
+@pytest.mark.parametrize("merged", (False, True))
+def test_weights_before(kernel, merged):
+    x, *rest = problem(("Q4_K", "Q4_K", "Q6_K"), SHAPES[kernel], merged=merged)
+    check(jnp.asarray(x, jnp.float32), *rest, cases.bound("float32"), weights_before=True)
+
+
+@pytest.mark.parametrize("x_dtype", cases.DTYPES)
+@pytest.mark.parametrize("w_dtype", cases.DTYPES)
+@pytest.mark.parametrize("tokens", (5, 130))
+def test_dense(x_dtype, w_dtype, tokens):
+    rng = np.random.default_rng(6)
+    shapes = {"gate": (4, 44, 70), "up": (4, 44, 70), "down": (4, 70, 44)}
+    dense = {
+        name: jnp.asarray(rng.standard_normal(s) / np.sqrt(s[2]), w_dtype)
+        for name, s in shapes.items()
+    }
+    exact = {name: np.asarray(w, np.float64) for name, w in dense.items()}
+    routing = oracle.random_routing(rng, tokens, 4, 2)
+    x = jnp.asarray(rng.standard_normal((tokens, 70)), x_dtype)
+    check(x, routing, Experts(**dense), exact, cases.bound(x_dtype))
+
+
+@pytest.mark.parametrize("kernel", SHAPES)
+def test_invalid_experts_add_nothing(kernel):
+    x, routing, experts, exact = problem(("Q4_K", "Q4_K", "Q6_K"), SHAPES[kernel])
+    ids = np.array(routing.expert_ids)
+    limits = np.iinfo(np.int32)
+    ids[0] = -1
+    ids[1:, 0] = np.resize([-1, len(exact["down"]), limits.min, limits.max, 0], len(ids) - 1)
+    routing = Routing(jnp.asarray(ids), routing.weights)
+    x = jnp.asarray(x, jnp.float32)
+    y = check(x, routing, experts, exact, cases.bound("float32"))
+    assert (np.asarray(y[0]) == 0).all()
+
+
+def test_rows_that_are_not_finite_stay_alone():
+    x, routing, experts, exact = problem(("Q4_K", "Q4_K", "Q6_K"), SHAPES["medium"])
+    x[3, 7], x[11, 0] = np.nan, np.inf
+    y = np.asarray(jax_moe.moe_ffn(jnp.asarray(x, jnp.float32), routing, experts))
+    finite = np.isfinite(y).all(axis=1)
+    assert set(np.flatnonzero(~finite)) == {3, 11}
+    x[[3, 11]] = 0
+    expected = oracle.ffn(x, routing.expert_ids, routing.weights, **exact)
+    assert oracle.relative_error(y[finite], expected[finite]) <= cases.bound("float32")
+
+
+def test_no_tokens():
+    x, routing, experts, _ = problem(("Q4_K", "Q4_K", "Q6_K"), SHAPES["narrow"])
+    y = jax_moe.moe_ffn(
+        jnp.asarray(x[:0], jnp.float32),
+        Routing(routing.expert_ids[:0], routing.weights[:0]),
+        experts,
+    )
+    assert y.shape == (0, x.shape[1])
+
+
+@pytest.mark.parametrize("width", (704, 1408, 2880, 11_328, 14_336))
+def test_real_widths(width):
+    """Columns that are no multiple of a chunk, and long ones."""
+    x, *rest = problem(("Q8_0",) * 3, (3, 2, 1, width, 64))
+    check(jnp.asarray(x, jnp.bfloat16), *rest, cases.bound("bfloat16"))
