@@ -1,7 +1,6 @@
 """moe_block: a whole Mixture-of-Experts block of a model, from its input to the residual sum."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,85 +8,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_moe import _check as check
+from jax_moe._block_types import ROUTER_READS
+from jax_moe._block_types import MoEConfig as MoEConfig
+from jax_moe._block_types import MoEParams as MoEParams
 from jax_moe._ffn import Experts, Weight, moe_ffn
 from jax_moe._gemm import moe_gemm
 from jax_moe._packed import PackedExperts
 from jax_moe._routing import Routing, gates, route, weigh
 from jax_moe._variants import MoEVariant
-
-
-@jax.tree_util.register_static
-@dataclass(frozen=True, kw_only=True)
-class MoEConfig:
-    """What the metadata of a model says of its MoE blocks: hashable, a static pytree.
-
-    Attributes:
-      top_k: experts a token.
-      gating, normalize, scale, num_groups, num_groups_used: as in `route`.
-      activation, activation_limit, activation_betas, weights_before: as in `moe_ffn`.
-      shared_activation, shared_activation_limit: of the shared experts, which share
-        `activation_betas`.
-      shared_average: the result is the mean of routed and shared experts instead of their sum.
-      experts_per_group: routed experts for one chunk expert (GroveMoE's second pass).
-      chunk_scale: factor of that pass's result.
-      norm_eps: epsilon of the RMS norms inside the block.
-    """
-
-    top_k: int
-    gating: str = "softmax"
-    normalize: bool = True
-    scale: float = 1.0
-    num_groups: int = 1
-    num_groups_used: int = 1
-    activation: str = "swiglu"
-    activation_limit: float | None = None
-    activation_betas: tuple[float, float] | None = None
-    weights_before: bool = False
-    shared_activation: str = "swiglu"
-    shared_activation_limit: float | None = None
-    shared_average: bool = False
-    experts_per_group: int = 1
-    chunk_scale: float = 1.0
-    norm_eps: float = 1e-6
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class MoEParams:
-    """The tensors of one MoE block: a pytree. E experts, d_model H.
-
-    A 2-D weight of the file is an `Experts` or `PackedExperts` of one expert (E = 1), so that it
-    stays packed too.
-
-    Attributes:
-      experts: the routed experts; H is the latent width where the block has one.
-      router: float `[E, H]`.
-      router_bias: float `[E]`, added to the logits.
-      selection_bias: float `[E]`, added to the scores that select experts, not to their weights.
-      router_scale: float `[H]`; the router then reads its RMS-normalised input times
-        `router_scale / sqrt(H)`.
-      shared: the shared experts as one network of E = 1.
-      shared_gate: float `[H]`; the shared result is multiplied by sigmoid(x . shared_gate).
-      latent_down, latent_up: `[1, latent, H]` and `[1, H, latent]`, to and from the routed experts'
-        width.
-      latent_norm: float `[latent]`, weight of an RMS norm before `latent_up`.
-      chunk_experts: `[E / experts_per_group, ...]`, the experts of a second pass over the result.
-      token_to_experts: int32 `[vocabulary, k]`, the experts of each token id where they are not
-        chosen by score.
-    """
-
-    experts: Experts
-    router: Array
-    router_bias: Array | None = None
-    selection_bias: Array | None = None
-    router_scale: Array | None = None
-    shared: Experts | None = None
-    shared_gate: Array | None = None
-    latent_down: Weight | None = None
-    latent_up: Weight | None = None
-    latent_norm: Array | None = None
-    chunk_experts: Experts | None = None
-    token_to_experts: Array | None = None
 
 
 def moe_block(
@@ -106,12 +34,15 @@ def moe_block(
       params: the block's tensors.
       x: float32, float16 or bfloat16 `[..., H]`, the experts' input after the block's pre-norm.
       config: the block's metadata.
-      router_input: `[..., H]` where the router reads something else than x.
-      token_ids: int32 `[...]`, for `token_to_experts`.
+      router_input: `[..., H]`, what the router reads; x where it is None, unless
+        `config.router_reads` asks for something else.
+      token_ids: integers `[...]`, the ids of the tokens, for `token_to_experts`; an id outside the
+        vocabulary goes to no routed expert.
       variant, implementation: as in `moe_ffn`.
 
     Returns:
-      x's shape and dtype: what the residual connection adds.
+      x's shape and dtype: what goes to the residual sum. A norm or a factor that a model applies to
+      the result of any of its sublayers, MoE or not, is outside, as the pre-norm is.
 
     The router's product runs at the highest precision in float32, whatever x's dtype.
 
@@ -126,19 +57,16 @@ def moe_block(
     shape, d_model = x.shape, x.shape[-1]
     num_tokens = math.prod(shape[:-1])
     tokens = x.reshape(num_tokens, d_model)
-    if router_input is None:
-        router_input = x
-    elif router_input.shape != shape:
-        raise ValueError(f"router_input has x's shape {shape}, not {router_input.shape}.")
+    router_rows = _router_rows(router_input, x, config).reshape(num_tokens, d_model)
     options: dict[str, Any] = {"variant": variant, "implementation": implementation}
-    logits = _router_logits(params, router_input.reshape(num_tokens, d_model), config)
+    logits = _router_logits(params, router_rows, config)
     num_experts = check.weight("params.experts.down", params.experts.down)[0]
     if logits.shape[1] != num_experts:
         raise ValueError(
             f"params.router has shape [E, H] = {params.router.shape}, but params.experts has "
             f"{num_experts} experts."
         )
-    routing = _route(params, logits, config, token_ids, implementation)
+    routing = _route(params, logits, config, _flat_ids(token_ids, shape), implementation)
 
     y = tokens
     if params.latent_down is not None:
@@ -156,14 +84,46 @@ def moe_block(
     if params.chunk_experts is not None:
         y = y + _second_pass(params.chunk_experts, y, logits, config, options)
     if params.latent_norm is not None:
-        y = _rms_norm(y, config.norm_eps) * params.latent_norm.astype(y.dtype)
+        y = _rms_norm(y, params.latent_norm, config)
     if params.latent_up is not None:
         y = _project("latent_up", y, params.latent_up, options)
+    if params.routed_post_norm is not None:
+        y = _rms_norm(y, params.routed_post_norm, config)
     if params.shared is not None:
-        y = y + _shared(params, tokens, config, options)
-        if config.shared_average:
-            y = y * jnp.asarray(0.5, y.dtype)
+        read = tokens
+        if params.shared_pre_norm is not None:
+            read = _rms_norm(router_rows, params.shared_pre_norm, config).astype(x.dtype)
+        y = y + _shared(params, read, config, options)
+        if config.sum_scale != 1.0:
+            y = y * jnp.asarray(config.sum_scale, y.dtype)
     return y.reshape(shape)
+
+
+def _router_rows(router_input: Array | None, x: Array, config: MoEConfig) -> Array:
+    check.choice("config.router_reads", config.router_reads, tuple(ROUTER_READS))
+    if router_input is None:
+        if config.router_reads != "x":
+            raise ValueError(
+                "router_input is needed: this block's router reads "
+                f"{ROUTER_READS[config.router_reads]}."
+            )
+        return x
+    if router_input.shape != x.shape:
+        raise ValueError(f"router_input has x's shape {x.shape}, not {router_input.shape}.")
+    return router_input
+
+
+def _flat_ids(token_ids: Array | None, shape: tuple[int, ...]) -> Array | None:
+    if token_ids is None:
+        return None
+    if not jnp.issubdtype(token_ids.dtype, jnp.integer):
+        raise TypeError(f"token_ids holds integers, not {token_ids.dtype}.")
+    if token_ids.shape != shape[:-1]:
+        raise ValueError(
+            f"token_ids has the shape of x without its last axis, {shape[:-1]}, not "
+            f"{token_ids.shape}."
+        )
+    return token_ids.reshape(-1)
 
 
 def _router_logits(params: MoEParams, router_input: Array, config: MoEConfig) -> Array:
@@ -175,7 +135,7 @@ def _router_logits(params: MoEParams, router_input: Array, config: MoEConfig) ->
         )
     rows = router_input.astype(jnp.float32)
     if params.router_scale is not None:
-        rows = _rms_norm(rows, config.norm_eps) * params.router_scale * rows.shape[1] ** -0.5
+        rows = _rms_norm(rows, params.router_scale, config) * rows.shape[1] ** -0.5
     logits = jnp.einsum(
         "th,eh->te",
         rows,
@@ -206,9 +166,12 @@ def _route(
         )
     if token_ids is None:
         raise ValueError("token_ids is needed by a block with token_to_experts.")
-    experts = params.token_to_experts[token_ids.reshape(-1)]
+    table = params.token_to_experts
+    experts = table.at[token_ids].get(mode="clip")
     scores = gates(logits, config.gating)
-    return Routing(experts, weigh(scores, experts, config.gating, config.normalize, config.scale))
+    weights = weigh(scores, experts, config.gating, config.normalize, config.scale)
+    known = (token_ids >= 0) & (token_ids < table.shape[0])
+    return Routing(jnp.where(known[:, None], experts, -1), weights)
 
 
 def _second_pass(
@@ -230,6 +193,7 @@ def _second_pass(
 
 
 def _shared(params: MoEParams, x: Array, config: MoEConfig, options: dict[str, Any]) -> Array:
+    """The shared experts' result for what they read, x, as it goes into the sum."""
     assert params.shared is not None
     weights = jnp.ones((x.shape[0], 1), jnp.float32)
     if params.shared_gate is not None:
@@ -240,7 +204,7 @@ def _shared(params: MoEParams, x: Array, config: MoEConfig, options: dict[str, A
             precision=jax.lax.Precision.HIGHEST,
         )
         weights = jax.nn.sigmoid(product)[:, None]
-    return moe_ffn(
+    y = moe_ffn(
         x,
         Routing(jnp.zeros((x.shape[0], 1), jnp.int32), weights),
         params.shared,
@@ -249,6 +213,9 @@ def _shared(params: MoEParams, x: Array, config: MoEConfig, options: dict[str, A
         activation_betas=config.activation_betas if config.shared_activation == "situ" else None,
         **options,
     )
+    if params.shared_post_norm is not None:
+        y = _rms_norm(y, params.shared_post_norm, config)
+    return y
 
 
 def _project(name: str, x: Array, weight: Weight, options: dict[str, Any]) -> Array:
@@ -262,8 +229,7 @@ def _project(name: str, x: Array, weight: Weight, options: dict[str, Any]) -> Ar
     return y.astype(x.dtype)
 
 
-def _rms_norm(x: Array, eps: float) -> Array:
+def _rms_norm(x: Array, weight: Array, config: MoEConfig) -> Array:
     wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + eps)).astype(
-        x.dtype
-    )
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + config.norm_eps)
+    return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)

@@ -106,7 +106,7 @@ def test_a_refused_library_still_imports():
         print(json.dumps([message, float(jnp.ones(3).sum()), reference.expert_ids.tolist()]))
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
+        [sys.executable, "-P", "-c", textwrap.dedent(program)],
         capture_output=True,
         text=True,
         check=False,

@@ -71,20 +71,5 @@ void DecodeDense(const uint8_t* data, int64_t row_bytes, int rows, int count, Pa
   }
 }
 
-const Format* FindFormat(int type) {
-  static constexpr Format kFormats[] = {
-      {kF32, 1, 4, 0, false, DecodeDense<kF32>},
-      {kF16, 1, 2, 0, false, DecodeDense<kF16>},
-      {kBF16, 1, 2, 0, false, DecodeDense<kBF16>},
-#define JAX_MOE_FORMAT(F) {F::kType, F::kBlock, F::kBytes, F::kGroup, F::kHasOffset, DecodeRows<F>},
-      JAX_MOE_FORMATS(JAX_MOE_FORMAT)
-#undef JAX_MOE_FORMAT
-  };
-  for (const Format& format : kFormats) {
-    if (format.type == type) return &format;
-  }
-  return nullptr;
-}
-
 }  // namespace
 }  // namespace jax_moe::cpu

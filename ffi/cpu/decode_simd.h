@@ -313,8 +313,8 @@ struct Decoder<Q3_K> : Portable<Q3_K> {
   }
 };
 
-// Eight 6-bit scales and minima of Q4_K and Q5_K.
-JM_HD void SixBitGroups(const uint8_t* block, float* scale, float* offset) {
+// Eight 6-bit scales and minima of Q4_K and Q5_K, times d and -dmin.
+JM_HD void SixBitGroups(const uint8_t* block, __m256* scale, __m256* offset) {
   const uint64_t first = LoadU64(block + 4);  // six bits of the first four of each; the rest's top
   const uint64_t last = LoadU32(block + 12);
   const uint64_t top = first >> 2 & 0x3030303030303030;
@@ -322,23 +322,32 @@ JM_HD void SixBitGroups(const uint8_t* block, float* scale, float* offset) {
   const uint64_t scales = (six & 0xffffffff) | ((last & 0x0f0f0f0f) | (top & 0xffffffff)) << 32;
   const uint64_t minima =
       six >> 32 | ((last >> 4 & 0x0f0f0f0f) << 32 | (top & 0xffffffff00000000));
-  StoreScaled(scale, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(scales))),
-              HalfToFloat(LoadU16(block)));
-  StoreScaled(offset, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(minima))),
-              -HalfToFloat(LoadU16(block + 2)));
+  const auto scaled = [](uint64_t bytes, float factor) __attribute__((always_inline)) {
+    const __m256i wide = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(bytes)));
+    return _mm256_mul_ps(_mm256_cvtepi32_ps(wide), _mm256_set1_ps(factor));
+  };
+  *scale = scaled(scales, HalfToFloat(LoadU16(block)));
+  *offset = scaled(minima, -HalfToFloat(LoadU16(block + 2)));
+}
+
+JM_HD void StoreSixBitGroups(const uint8_t* block, float* scale, float* offset) {
+  __m256 s, o;
+  SixBitGroups(block, &s, &o);
+  _mm256_storeu_ps(scale, s);
+  _mm256_storeu_ps(offset, o);
 }
 
 template <>
 struct Decoder<Q4_K> : Portable<Q4_K> {
   static JM_HD void Groups(const uint8_t* block, float* scale, float* offset) {
-    SixBitGroups(block, scale, offset);
+    StoreSixBitGroups(block, scale, offset);
   }
 };
 
 template <>
 struct Decoder<Q5_K> : Portable<Q5_K> {
   static JM_HD void Groups(const uint8_t* block, float* scale, float* offset) {
-    SixBitGroups(block, scale, offset);
+    StoreSixBitGroups(block, scale, offset);
   }
 };
 

@@ -67,14 +67,7 @@ struct Weights {
 // Decodes `count` weights of each of `rows` rows, row_bytes apart.
 using DecodeFn = void (*)(const uint8_t* data, int64_t row_bytes, int rows, int count, Panel* panel);
 
-struct Format {
-  int type = -1;
-  int block = 1;       // elements a block
-  int bytes = 4;       // bytes a block
-  int group = 0;       // weights that share a scale; 0: dense
-  bool has_offset = false;
-  DecodeFn decode = nullptr;  // to integers; dense: to Panel::values
-};
+struct Format;
 
 // sums[t * kPanelRows + r] += rows[r] . x[t], for the panel's rows and `tokens` prepared activation rows.
 // x[t] is a float row or a QuantizedRow record of length k; the product takes elements
@@ -88,6 +81,20 @@ struct MultiplyArgs {
   int64_t k, begin;
   int count;
   float* sums;
+};
+
+// The same for at most four packed rows, row_bytes apart, by at most Kernels::few_tokens q8_1 rows
+// of length k, a multiple of 256, without a panel.
+using MultiplyPackedFn = void (*)(const uint8_t* data, int64_t row_bytes, const MultiplyArgs& args);
+
+struct Format {
+  int type = -1;
+  int block = 1;       // elements a block
+  int bytes = 4;       // bytes a block
+  int group = 0;       // weights that share a scale; 0: dense
+  bool has_offset = false;
+  DecodeFn decode = nullptr;  // to integers; dense: to Panel::values
+  MultiplyPackedFn multiply_packed = nullptr;  // null where there is none
 };
 
 // h[t] = act(gate, up) for one tile of sums; see FfnArgs for the meaning of the members.

@@ -12,17 +12,32 @@ __global__ void __launch_bounds__(kThreads) Combine(const __grid_constant__ Comb
   const int64_t token = blockIdx.x / blocks_a_token;
   const int64_t column = blockIdx.x % blocks_a_token * kThreads + threadIdx.x;
   if (column >= args.columns) return;
+  const Projection& p = args.projection;
+  // Slots are read several at a time and added one after another.
+  constexpr int kBatch = 8;
   float sum = 0;
-  for (int s = 0; s < args.top_k; ++s) {
-    const int64_t pair = token * args.top_k + s;
-    const int64_t expert = args.expert_ids[pair];
-    if (expert < 0 || expert >= args.experts) continue;
-    float value = args.values[pair * args.columns + column];
-    const Projection& p = args.projection;
-    if (p.scale != nullptr) value *= p.scale[expert];
-    if (p.bias != nullptr) value += p.bias[expert * p.bias_pitch + column];
-    if (args.weights != nullptr) value *= args.weights[pair];
-    sum += value;
+  for (int first = 0; first < args.top_k; first += kBatch) {
+    int expert[kBatch];
+    float value[kBatch], scale[kBatch], bias[kBatch], weight[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t pair = token * args.top_k + first + i;
+      expert[i] = first + i < args.top_k ? args.expert_ids[pair] : -1;
+      if (expert[i] >= args.experts) expert[i] = -1;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (expert[i] < 0) continue;
+      const int64_t pair = token * args.top_k + first + i;
+      value[i] = args.values[pair * args.columns + column];
+      scale[i] = p.scale == nullptr ? 1.0f : p.scale[expert[i]];
+      bias[i] = p.bias == nullptr ? 0.0f : p.bias[expert[i] * p.bias_pitch + column];
+      weight[i] = args.weights == nullptr ? 1.0f : args.weights[pair];
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (expert[i] >= 0) sum += (value[i] * scale[i] + bias[i]) * weight[i];
+    }
   }
   Store(args.y, token * args.columns + column, args.y_type, sum);
 }

@@ -125,9 +125,8 @@ template <typename W, typename X, int kTokens>
 __global__ void __launch_bounds__(32 * kWarps) DenseGemm(const __grid_constant__ GemmArgs args) {
   constexpr int kTiles = kTokens / 8;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int num_tiles = *args.lists.num_tiles;
-  const TokenTile tile = args.lists.tiles[blockIdx.y];
-  if (static_cast<int>(blockIdx.y) >= num_tiles) return;
+  TokenTile tile;
+  if (!FindTile(args.lists, &tile)) return;
   const int log_splits = args.log_splits, splits = 1 << log_splits, split = warp & (splits - 1);
   const Band band =
       FindBand(args, tile.expert, (blockIdx.x << (2 - log_splits)) + (warp >> log_splits), 16);

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
+static_assert(kWarps == 32);  // a warp scans the sums of all warps
 constexpr int kSingleSegment = 4096;
 
 // Pairs a segment: enough that the counts of all segments fit into `pairs` elements.
@@ -19,9 +20,11 @@ __host__ __device__ int64_t Segments(int64_t pairs, int64_t experts) {
   return pairs <= (size > kSingleSegment ? size : kSingleSegment) ? 1 : (pairs + size - 1) / size;
 }
 
-// Warps that count, each with counters of its own, so that a block needs at most 33 KB.
-__host__ __device__ int CountingWarps(int64_t experts) {
-  const int64_t warps = 8192 / (experts + 1);
+// Warps that count, each with counters of its own, so that a block needs at most 33 KB and a warp has
+// some 64 pairs at least.
+__host__ __device__ int CountingWarps(int64_t pairs, int64_t experts) {
+  const int64_t fit = 8192 / (experts + 1), useful = (pairs + 63) / 64;
+  const int64_t warps = fit < useful ? fit : useful;
   return static_cast<int>(warps < 1 ? 1 : warps > kWarps ? kWarps : warps);
 }
 
@@ -83,14 +86,20 @@ __device__ int2 BlockScan(int2 value, int2* warp_sums, int2& total) {
   }
   if (lane == 31) warp_sums[warp] = sum;
   __syncthreads();
-  int2 before = total;
-  for (int w = 0; w < kWarps; ++w) {
-    const int2 s = warp_sums[w];
-    if (w < warp) before = {before.x + s.x, before.y + s.y};
-    total = {total.x + s.x, total.y + s.y};
+  int2 part = warp_sums[lane];
+  for (int d = 1; d < 32; d *= 2) {
+    const int x = __shfl_up_sync(0xffffffffu, part.x, d), y = __shfl_up_sync(0xffffffffu, part.y, d);
+    if (lane >= d) part = {part.x + x, part.y + y};
   }
+  const int before = warp == 0 ? 0 : warp - 1;
+  const int2 warps_before = {__shfl_sync(0xffffffffu, part.x, before) * (warp > 0),
+                             __shfl_sync(0xffffffffu, part.y, before) * (warp > 0)};
+  const int2 result = {total.x + warps_before.x + sum.x - value.x,
+                       total.y + warps_before.y + sum.y - value.y};
+  total.x += __shfl_sync(0xffffffffu, part.x, 31);
+  total.y += __shfl_sync(0xffffffffu, part.y, 31);
   __syncthreads();
-  return {before.x + sum.x - value.x, before.y + sum.y - value.y};
+  return result;
 }
 
 // From the number of pairs in every bucket to where each begins, and to the tiles.
@@ -108,9 +117,11 @@ __device__ void PlaceBuckets(const SortArgs& args, Count count, Place place) {
     if (bucket > args.experts) continue;
     args.offsets[bucket] = before.x;
     place(bucket, before.x);
+    // Tiles of nearly equal size, in units of 8 tokens.
+    const int size = tiles == 0 ? 0 : ((number + tiles - 1) / tiles + 7) / 8 * 8;
     for (int i = 0; i < tiles; ++i) {
-      const int begin = i * args.tile_tokens;
-      args.tiles[before.y + i] = {bucket, before.x + begin, min(args.tile_tokens, number - begin), 0};
+      const int start = i * size;
+      args.tiles[before.y + i] = {bucket, before.x + start, min(size, number - start), 0};
     }
   }
   if (args.tiles != nullptr && threadIdx.x == 0) *args.num_tiles = total.y;
@@ -124,7 +135,7 @@ __device__ void ClearCounts(int32_t* counts, int number) {
 // The whole sort in one block.
 __global__ void __launch_bounds__(kThreads) SortSegment(SortArgs args) {
   extern __shared__ int32_t counts[];  // [warps, experts + 1]
-  const int buckets = args.experts + 1, warps = CountingWarps(args.experts);
+  const int buckets = args.experts + 1, warps = CountingWarps(args.pairs, args.experts);
   const int warp = threadIdx.x / 32;
   const Span span = WarpSpan(0, args.pairs, warps, warp);
   ClearCounts(counts, warps * buckets);
@@ -161,7 +172,7 @@ __device__ Span SegmentSpan(const SortArgs& args) {
 // Counts one segment a block.
 __global__ void __launch_bounds__(kThreads) CountSegments(SortArgs args) {
   extern __shared__ int32_t counts[];
-  const int buckets = args.experts + 1, warps = CountingWarps(args.experts);
+  const int buckets = args.experts + 1, warps = CountingWarps(args.pairs, args.experts);
   const int warp = threadIdx.x / 32;
   const Span segment = SegmentSpan(args);
   ClearCounts(counts, warps * buckets);
@@ -198,7 +209,7 @@ __global__ void __launch_bounds__(kThreads) PlaceSegments(SortArgs args) {
 
 __global__ void __launch_bounds__(kThreads) ScatterSegments(SortArgs args) {
   extern __shared__ int32_t counts[];
-  const int buckets = args.experts + 1, warps = CountingWarps(args.experts);
+  const int buckets = args.experts + 1, warps = CountingWarps(args.pairs, args.experts);
   const int warp = threadIdx.x / 32;
   const Span segment = SegmentSpan(args);
   const Span span = WarpSpan(segment.begin, segment.end, warps, warp);
@@ -252,7 +263,7 @@ int64_t MaxTiles(int64_t pairs, int64_t experts, int64_t tile_tokens) {
 }
 
 cudaError_t LaunchSort(const SortArgs& args, cudaStream_t stream) {
-  const size_t shared = sizeof(int32_t) * CountingWarps(args.experts) * (args.experts + 1);
+  const size_t shared = sizeof(int32_t) * CountingWarps(args.pairs, args.experts) * (args.experts + 1);
   const int64_t segments = Segments(args.pairs, args.experts);
   if (segments == 1) {
     SortSegment<<<1, kThreads, shared, stream>>>(args);

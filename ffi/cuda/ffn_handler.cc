@@ -79,7 +79,7 @@ class Products {
     args.y = y;
     args.y_pitch = y_pitch;
     args.y_type = Element::kF32;
-    args.splits = plan::ChooseCudaSplits(weight.columns);
+    args.log_splits = plan::ChooseCudaLogSplits(weight.columns);
     return LaunchGemm(kernel, args, stream_);
   }
 

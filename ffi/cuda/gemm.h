@@ -28,8 +28,8 @@ struct Lists {
 
 // How activations are held for the tensor cores (prepare.cu). Rows are padded with zeros.
 enum class Layout : int {
-  // f16 times a power of two that brings the row's largest magnitude to 2^14 .. 2^15, and sums over
-  // every 16 columns. Of every 32 columns, lane t of a quad owns 4t .. 4t + 3 and 16 + 4t .. 16 + 4t + 3:
+  // f16 times a power of two that brings the row's largest magnitude to 2^14 .. 2^15, and the sum of
+  // every 16 columns as two bf16, the second one the first one's error. Of every 32 columns, lane t of a quad owns 4t .. 4t + 3 and 16 + 4t .. 16 + 4t + 3:
   // the order is lane by lane, so that a lane reads 16 bytes at once.
   kF16Lanes,
   // q8_1: int8 and a float32 scale for every 32 columns, in the same order.
@@ -42,7 +42,7 @@ enum class Layout : int {
 struct Activations {
   const void* values;    // [rows, pitch]
   const float* scales;   // kS8Lanes: [rows, pitch / 32]; kF16*: [rows], what undoes the power of two
-  const float* sums;     // kF16Lanes: [rows, pitch / 16]
+  const uint32_t* sums;  // kF16Lanes: [rows, pitch / 16], the first bf16 in the low half
   int64_t pitch;         // a multiple of 64
 };
 
@@ -63,7 +63,7 @@ struct GemmArgs {
   void* y;
   int64_t y_pitch;
   Element y_type;
-  int32_t splits;          // narrow kernels: warps that share a band of rows, each with a part of K
+  int32_t log_splits;      // narrow kernels: log2 of the warps that share a band, each with a part of K
 };
 
 // A kernel, the tokens of its tiles and the weight rows of its thread blocks.
@@ -71,7 +71,7 @@ struct GemmKernel {
   const void* function;
   int threads;
   int tile_tokens;
-  int block_rows;  // narrow kernels: times 4 / splits
+  int block_rows;  // narrow kernels: of a band; a block has 4 warps and so 4 / splits bands
   int shared_bytes;
   bool narrow;
 };

@@ -93,7 +93,7 @@ ffi::Error Gemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight_buf
     args.y = y->untyped_data();
     args.y_pitch = weight.rows;
     args.y_type = *y_type;
-    args.splits = plan::ChooseCudaSplits(weight.columns);
+    args.log_splits = plan::ChooseCudaLogSplits(weight.columns);
     status = LaunchGemm(kernel, args, stream);
   }
   return CudaError(kOp, status);

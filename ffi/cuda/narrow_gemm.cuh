@@ -105,10 +105,8 @@ __global__ void __launch_bounds__(128) NarrowGemm(const __grid_constant__ GemmAr
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int g = lane / 4, t = lane % 4;
-  // Read together: tiles past the last one hold anything.
-  const int num_tiles = *args.lists.num_tiles;
-  const TokenTile tile = args.lists.tiles[blockIdx.y];
-  if (static_cast<int>(blockIdx.y) >= num_tiles) return;
+  TokenTile tile;
+  if (!FindTile(args.lists, &tile)) return;
   const int log_splits = args.log_splits, splits = 1 << log_splits, split = warp & (splits - 1);
   const Band band = FindBand(
       args, tile.expert, (blockIdx.x << (2 - log_splits)) + (warp >> log_splits), Shape::kRows);

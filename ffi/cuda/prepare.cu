@@ -4,13 +4,35 @@
 #include <cuda_fp16.h>
 
 #include "ffi/cuda/activation.cuh"
+#include "ffi/cuda/split.cuh"
 
 namespace jax_moe::cuda {
 namespace {
 
 constexpr int kThreads = 256;
 
-// Rows as the kernel reads them: Has(row) and At(row, column).
+// Four consecutive values.
+struct Four {
+  float v[4];
+};
+
+__device__ Four Load4(const float* x) {
+  const float4 f = *reinterpret_cast<const float4*>(x);
+  return {{f.x, f.y, f.z, f.w}};
+}
+
+template <typename T2, typename T>
+__device__ Four Load4As(const T* x) {
+  const uint2 bits = *reinterpret_cast<const uint2*>(x);
+  const T2 low = *reinterpret_cast<const T2*>(&bits.x), high = *reinterpret_cast<const T2*>(&bits.y);
+  return {{static_cast<float>(low.x), static_cast<float>(low.y), static_cast<float>(high.x),
+           static_cast<float>(high.y)}};
+}
+__device__ Four Load4(const half* x) { return Load4As<half2>(x); }
+__device__ Four Load4(const __nv_bfloat16* x) { return Load4As<__nv_bfloat162>(x); }
+
+// Rows as the kernel reads them: Has(row); At(row, column); and At4 of four columns from a multiple of 4
+// on, where the number of columns is a multiple of 4.
 template <typename T>
 struct Dense {
   const T* x;
@@ -19,6 +41,7 @@ struct Dense {
   __device__ float At(int64_t row, int64_t column) const {
     return static_cast<float>(x[row * columns + column]);
   }
+  __device__ Four At4(int64_t row, int64_t column) const { return Load4(x + row * columns + column); }
 };
 
 struct Activated {
@@ -27,20 +50,30 @@ struct Activated {
   __device__ bool Has(int64_t row) const {
     return args.expert_ids[row] >= 0 && args.expert_ids[row] < args.experts;
   }
-  __device__ float Project(const float* values, const Projection& projection, int64_t row,
-                           int64_t column) const {
+  __device__ float Finish(float value, const Projection& projection, int64_t row,
+                          int64_t column) const {
     const int64_t expert = args.expert_ids[row];
-    float value = values[row * args.pitch + column];
     if (args.pair_weight != nullptr) value *= args.pair_weight[row];
     if (projection.scale != nullptr) value *= projection.scale[expert];
     if (projection.bias != nullptr) value += projection.bias[expert * projection.bias_pitch + column];
     return value;
   }
+  __device__ float Act(float gate, float up, int64_t row, int64_t column) const {
+    if (args.gate != nullptr) gate = Finish(gate, args.gate_projection, row, column);
+    return Activate(args.activation, gate, Finish(up, args.up_projection, row, column), args.limit,
+                    args.beta, args.linear_beta);
+  }
   __device__ float At(int64_t row, int64_t column) const {
-    const float up = Project(args.up, args.up_projection, row, column);
-    const float gate =
-        args.gate == nullptr ? 0.0f : Project(args.gate, args.gate_projection, row, column);
-    return Activate(args.activation, gate, up, args.limit, args.beta, args.linear_beta);
+    const int64_t at = row * args.pitch + column;
+    return Act(args.gate == nullptr ? 0.0f : args.gate[at], args.up[at], row, column);
+  }
+  __device__ Four At4(int64_t row, int64_t column) const {
+    const int64_t at = row * args.pitch + column;
+    const Four gate = args.gate == nullptr ? Four{} : Load4(args.gate + at), up = Load4(args.up + at);
+    Four result;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) result.v[i] = Act(gate.v[i], up.v[i], row, column + i);
+    return result;
   }
 };
 
@@ -72,17 +105,30 @@ struct Group {
   bool lanes;
   float v[8];
 
-  __device__ int64_t Column(int i) const {
-    if (!lanes) return index * 8 + i;
-    return index / 4 * 32 + index % 4 * 4 + i % 4 + i / 4 * 16;
+  // The columns of v[0 .. 3] and v[4 .. 7] begin here.
+  __device__ int64_t Column(int half) const {
+    if (!lanes) return index * 8 + half * 4;
+    return index / 4 * 32 + index % 4 * 4 + half * 16;
   }
   template <typename Rows>
   __device__ void Load(const Rows& rows, int64_t row, int64_t columns) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int64_t column = Column(i);
-      v[i] = inside && column < columns ? rows.At(row, column) : 0.0f;
+    for (int half = 0; half < 2; ++half) {
+      const int64_t column = Column(half);
+      Four four = {};
+      if (inside && columns % 4 == 0) {
+        if (column < columns) four = rows.At4(row, column);
+      } else if (inside) {
+        for (int i = 0; i < 4; ++i) four.v[i] = column + i < columns ? rows.At(row, column + i) : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[4 * half + i] = four.v[i];
     }
+  }
+  __device__ float Max() const {
+    float max = 0;
+    for (const float x : v) max = MaxWithNan(fabsf(x), max);
+    return max;
   }
 };
 
@@ -101,7 +147,7 @@ struct OutRow {
   Layout layout;
   uint8_t* values;
   float* scales;
-  float* sums;
+  uint32_t* sums;
 };
 
 __device__ void WriteHalves(const OutRow& out, const Group& group, float factor) {
@@ -117,14 +163,13 @@ __device__ void WriteHalves(const OutRow& out, const Group& group, float factor)
     sum.y += __shfl_xor_sync(0xffffffffu, sum.y, d);
   }
   if (group.inside && group.index % 4 == 0) {
-    reinterpret_cast<float2*>(out.sums)[group.index / 4] = sum;
+    reinterpret_cast<uint2*>(out.sums)[group.index / 4] = make_uint2(SplitBF16(sum.x), SplitBF16(sum.y));
   }
 }
 
 // q8_1: d = max / 127 over 32 columns, q = x / d rounded half away from zero.
 __device__ void WriteS8(const OutRow& out, const Group& group) {
-  float max = 0;
-  for (const float x : group.v) max = MaxWithNan(fabsf(x), max);
+  float max = group.Max();
   for (int d = 1; d < 4; d *= 2) max = MaxWithNan(__shfl_xor_sync(0xffffffffu, max, d), max);
   const float scale = max / 127.0f;
   uint32_t words[2] = {};
@@ -169,18 +214,27 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t row = blockIdx.x;
   if (!rows.Has(row)) return;
   const bool scaled = layout == Layout::kF16Lanes || layout == Layout::kF16;
+  const bool lanes = layout == Layout::kF16Lanes || layout == Layout::kS8Lanes;
   const int64_t groups = to.pitch / 8;
-  Group group;
-  group.lanes = layout == Layout::kF16Lanes || layout == Layout::kS8Lanes;
+  const auto load = [&](int64_t base) {
+    Group group;
+    group.index = base + threadIdx.x;
+    group.inside = group.index < groups;
+    group.lanes = lanes;
+    group.Load(rows, row, columns);
+    return group;
+  };
+  // The first groups stay in registers between the search for the maximum and the writing.
+  constexpr int kKept = 2;
+  Group kept[kKept];
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) kept[i] = load(i * kThreads);
 
   float factor = 1;
   if (scaled) {
-    float max = 0;
-    for (int64_t i = threadIdx.x; i < groups; i += kThreads) {
-      group.index = i;
-      group.inside = true;
-      group.Load(rows, row, columns);
-      for (const float x : group.v) max = MaxWithNan(fabsf(x), max);
+    float max = MaxWithNan(kept[0].Max(), kept[1].Max());
+    for (int64_t base = kKept * kThreads; base < groups; base += kThreads) {
+      max = MaxWithNan(load(base).Max(), max);
     }
     const int exponent = RowExponent(RowMax(max));
     factor = ldexpf(1.0f, exponent);
@@ -191,13 +245,12 @@ __global__ void __launch_bounds__(kThreads)
       layout,
       static_cast<uint8_t*>(const_cast<void*>(to.values)) + row * to.pitch * LayoutBytes(layout),
       const_cast<float*>(to.scales) + row * scales_a_row,
-      const_cast<float*>(to.sums) + row * (to.pitch / 16)};
-  // Quads exchange sums, so whole warps stay in the loop.
-  for (int64_t base = 0; base < groups; base += kThreads) {
-    group.index = base + threadIdx.x;
-    group.inside = group.index < groups;
-    group.Load(rows, row, columns);
-    Write(out, group, factor);
+      const_cast<uint32_t*>(to.sums) + row * (to.pitch / 16)};
+  // Quads exchange sums, so whole warps take part.
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) Write(out, kept[i], factor);
+  for (int64_t base = kKept * kThreads; base < groups; base += kThreads) {
+    Write(out, load(base), factor);
   }
 }
 

@@ -27,8 +27,9 @@ inline __host__ __device__ int LayoutBytes(Layout layout) {
 inline Activations ViewPrepared(const PreparedRows& to) {
   const int64_t pitch = PreparedPitch(to.columns);
   uint8_t* after = to.memory + to.rows * pitch * LayoutBytes(to.layout);
-  auto* sums = reinterpret_cast<float*>(after);
-  auto* scales = to.layout == Layout::kF16Lanes ? sums + to.rows * (pitch / 16) : sums;
+  auto* sums = reinterpret_cast<uint32_t*>(after);
+  auto* scales = reinterpret_cast<float*>(after);
+  if (to.layout == Layout::kF16Lanes) scales += to.rows * (pitch / 16);
   return {to.memory, scales, sums, pitch};
 }
 

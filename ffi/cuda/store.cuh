@@ -1,4 +1,4 @@
-// Writing a result of any of the three element types.
+// The first and the last thing that a grouped product does: finding its tile, writing its results.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,6 +20,16 @@ __device__ __forceinline__ void Store(void* y, int64_t index, Element type, floa
       static_cast<__nv_bfloat16*>(y)[index] = __float2bfloat16_rn(value);
       break;
   }
+}
+
+// This block's tile; false where there is none. The grid has room for as many tiles as there can be.
+__device__ __forceinline__ bool FindTile(const Lists& lists, TokenTile* tile) {
+  const int index = blockIdx.y + blockIdx.z * gridDim.y;
+  if (index >= lists.max_tiles) return false;
+  // Loaded together; past the last tile the list holds anything.
+  const int number = *lists.num_tiles;
+  *tile = lists.tiles[index];
+  return index < number;
 }
 
 // The factor of a pair's results: what undoes the scaling of its row, and its weight.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "ffi/cuda/packed_tile.cuh"
+#include "ffi/cuda/split.cuh"
 #include "ffi/cuda/store.cuh"
 
 namespace jax_moe::cuda {
@@ -26,14 +27,22 @@ struct WideShape {
   static constexpr int kStepsAChunk = kChunk / kStep;
   using Raw = RawChunk<Format, kChunk>;
   static constexpr int kRowBytes = kStep + 32;  // rows read together lie in different banks
-  static constexpr int kXStages = 3;
+  static constexpr int kGroups = 32 / Format::kGroup;
+  static constexpr int kOffsetRows = Format::kHasOffset ? kRows : 1;
+  static constexpr int kOffsetTokens = Format::kHasOffset ? kTokens : 1;
 
+  // The scales of a unit's groups.
+  struct alignas(4 * kGroups) Scales {
+    float group[kGroups];
+  };
+  // Everything but x_rows is there twice: one is filled while the other is used.
   struct alignas(16) Memory {
     uint8_t raw[2][kRows * Raw::kSlot];
     uint8_t q[2][kRows * kRowBytes];
-    UnitScales<Format> scales[2][2][kRows];
-    uint4 x[kXStages][kTokens * 8];
-    float4 x_sums[Format::kHasOffset ? kXStages : 1][Format::kHasOffset ? kTokens : 1];
+    uint4 x[2][kTokens * 8];
+    Scales scales[2][2][kRows];
+    uint32_t offsets[2][kOffsetRows][4];   // of every 16 columns, as two bf16
+    uint32_t x_sums[2][kOffsetTokens][4];  // likewise
     int32_t x_rows[kTokens];
   };
 };
@@ -43,65 +52,67 @@ class WideBlock {
  public:
   using Shape = WideShape<Format, kTokens>;
   using Memory = typename Shape::Memory;
-  using Scales = UnitScales<Format>;
+  using Scales = typename Shape::Scales;
+  using Raw = typename Shape::Raw;
 
   __device__ __forceinline__ WideBlock(const GemmArgs& args, Memory& memory, const TokenTile& tile,
                                        const Band& band)
-      : args_(args), m_(memory), tile_(tile), band_(band) {}
+      : args_(args),
+        m_(memory),
+        tile_(tile),
+        band_(band),
+        copier_(band.rows, band.begin + threadIdx.x / 2, threadIdx.x % 2),
+        decode_from_(band.rows.tensor + band.rows.Start(band.begin + threadIdx.x % Shape::kRows)),
+        k_(static_cast<int>(args.k)) {}
 
   __device__ __forceinline__ void Run() {
-    // Tokens past the last repeat the first, and their results are dropped.
-    for (int i = threadIdx.x; i < kTokens; i += Shape::kThreads) {
-      m_.x_rows[i] = args_.lists.pairs[tile_.begin + (i < tile_.count ? i : 0)] / args_.pairs_a_row;
+    // Columns past the last token hold anything: their results are dropped.
+    for (int i = threadIdx.x; i < tile_.count; i += Shape::kThreads) {
+      m_.x_rows[i] = args_.lists.pairs[tile_.begin + i] / args_.pairs_a_row;
     }
     __syncthreads();
-    const int steps = static_cast<int>((args_.k + Shape::kStep - 1) / Shape::kStep);
+    const int steps = (k_ + Shape::kStep - 1) / Shape::kStep;
     CopyWeights(0);
-    CopyActivations(0, steps);
-    CommitCopies();
     CopyWeights(1);
-    CopyActivations(1, steps);
+    CopyActivations(0);
     CommitCopies();
-    WaitCopies<1>();
+    WaitCopies<0>();
     __syncthreads();
     Decode(0);
     for (int step = 0; step < steps; ++step) {
-      WaitCopies<1>();
+      WaitCopies<0>();
       __syncthreads();
       if ((step + 1) % Shape::kStepsAChunk == 0) CopyWeights((step + 1) / Shape::kStepsAChunk + 1);
-      CopyActivations(step + 2, steps);
+      if (step + 1 < steps) CopyActivations(step + 1);
       CommitCopies();
       if (step + 1 < steps) Decode(step + 1);
       Multiply(step);
     }
-    WaitCopies<0>();
     StoreSums();
   }
 
  private:
   __device__ __forceinline__ void CopyWeights(int chunk) {
-    if (static_cast<int64_t>(chunk) * Shape::kChunk >= args_.k) return;
-    CopyRaw<typename Shape::Raw, Shape::kRows, Shape::kThreads>(m_.raw[chunk % 2], band_.rows,
-                                                                band_.begin, chunk, threadIdx.x);
+    if (chunk * Shape::kChunk >= k_) return;
+    copier_.Copy(m_.raw[chunk % 2] + threadIdx.x / 2 * Raw::kSlot, chunk);
   }
 
   // 128 bytes a token; the two tokens that a quarter of a warp reads together are 64 bytes apart.
-  __device__ __forceinline__ void CopyActivations(int step, int steps) {
-    if (step >= steps) return;
-    uint4* to = m_.x[step % Shape::kXStages];
-    const auto* values = static_cast<const half*>(args_.x.values);
+  __device__ __forceinline__ void CopyActivations(int step) {
+    uint4* to = m_.x[step % 2];
+    const auto* values = static_cast<const half*>(args_.x.values) + step * Shape::kStep;
+    const int piece = threadIdx.x % 8;
 #pragma unroll
-    for (int i = threadIdx.x; i < kTokens * 8; i += Shape::kThreads) {
-      const int token = i / 8, piece = i % 8;
-      const int64_t row = m_.x_rows[token];
+    for (int i = 0; i < kTokens * 8 / Shape::kThreads; ++i) {
+      const int token = threadIdx.x / 8 + i * (Shape::kThreads / 8);
+      if (token >= tile_.count) break;
       CopyAsync16(to + token * 8 + (piece ^ (token % 2 * 4)),
-                  values + row * args_.x.pitch + step * Shape::kStep + piece * 8);
+                  values + m_.x_rows[token] * args_.x.pitch + piece * 8);
     }
     if constexpr (Format::kHasOffset) {
-      if (threadIdx.x < kTokens) {
-        const int64_t row = m_.x_rows[threadIdx.x];
-        CopyAsync16(&m_.x_sums[step % Shape::kXStages][threadIdx.x],
-                    args_.x.sums + row * (args_.x.pitch / 16) + step * 4);
+      if (threadIdx.x < tile_.count) {
+        CopyAsync16(m_.x_sums[step % 2][threadIdx.x],
+                    args_.x.sums + m_.x_rows[threadIdx.x] * (args_.x.pitch / 16) + step * 4);
       }
     }
   }
@@ -110,28 +121,44 @@ class WideBlock {
   __device__ __forceinline__ void Decode(int step) {
     const int row = threadIdx.x % Shape::kRows, unit = threadIdx.x / Shape::kRows;
     uint8_t* q = m_.q[step % 2] + row * Shape::kRowBytes + 32 * unit;
-    Scales* scales = &m_.scales[step % 2][unit][row];
-    if (step * Shape::kStep + 32 * unit >= args_.k) {
+    Scales scales = {};
+    uint32_t offsets[2] = {};
+    if (step * Shape::kStep + 32 * unit < k_) {
+      constexpr int kUnitsABlock = Format::kBlock / 32;
+      const int chunk = step / Shape::kStepsAChunk;
+      const int unit_of_chunk = step % Shape::kStepsAChunk * 2 + unit;
+      const uint8_t* raw = m_.raw[chunk % 2] + row * Raw::kSlot +
+          (Raw::kAligned ? 0 : Shift<Raw>(decode_from_, chunk));
+      const auto decoded = DecodeUnit<Format>(raw + unit_of_chunk / kUnitsABlock * Format::kBytes,
+                                              unit_of_chunk % kUnitsABlock, q);
+#pragma unroll
+      for (int i = 0; i < Shape::kGroups; ++i) scales.group[i] = decoded.scale(i);
+      if constexpr (Format::kHasOffset) {
+        offsets[0] = SplitBF16(decoded.offset(0));
+        offsets[1] = Shape::kGroups == 2 ? SplitBF16(decoded.offset(Shape::kGroups - 1)) : offsets[0];
+      }
+    } else {
       reinterpret_cast<uint4*>(q)[0] = reinterpret_cast<uint4*>(q)[1] = uint4{};
-      *scales = Scales{};
-      return;
     }
-    constexpr int kUnitsABlock = Format::kBlock / 32;
-    const int chunk = step / Shape::kStepsAChunk;
-    const int unit_of_chunk = step % Shape::kStepsAChunk * 2 + unit;
-    const uint8_t* raw = m_.raw[chunk % 2] + row * Shape::Raw::kSlot +
-        (Shape::Raw::kAligned
-             ? 0
-             : band_.rows.template Start<typename Shape::Raw>(band_.begin + row, chunk) & 15);
-    DecodeUnit<Format>(raw + unit_of_chunk / kUnitsABlock * Format::kBytes,
-                       unit_of_chunk % kUnitsABlock, q, scales);
+    m_.scales[step % 2][unit][row] = scales;
+    if constexpr (Format::kHasOffset) {
+      *reinterpret_cast<uint2*>(&m_.offsets[step % 2][row][2 * unit]) =
+          make_uint2(offsets[0], offsets[1]);
+    }
+  }
+
+  // Token tiles of this warp that hold a token.
+  __device__ __forceinline__ int UsedTokenTiles() const {
+    return (tile_.count - WarpToken() + 7) / 8;
   }
 
   __device__ __forceinline__ void Multiply(int step) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int row0 = WarpRow(), token0 = WarpToken();
+    const int row0 = WarpRow(), token0 = WarpToken(), used = UsedTokenTiles();
     const uint8_t* q = m_.q[step % 2] + (row0 + g) * Shape::kRowBytes;
-    const uint4* x = m_.x[step % Shape::kXStages];
+    const uint4* x = m_.x[step % 2] + (token0 + g) * 8;
+    const int flip = g % 2 * 4;
+    if constexpr (Format::kHasOffset) MultiplyOffsets(step, used);
 #pragma unroll 1
     for (int unit = 0; unit < 2; ++unit) {
       uint32_t a[Shape::kRowTiles][2][4];
@@ -145,50 +172,46 @@ class WideBlock {
       }
 #pragma unroll
       for (int n = 0; n < Shape::kTokenTiles; ++n) {
-        const int token = token0 + 8 * n + g;
-        const uint4 b = x[token * 8 + ((4 * unit + t) ^ (token % 2 * 4))];
-        float2 sums[2] = {};
-        if constexpr (Format::kHasOffset) {
-          const auto* s = reinterpret_cast<const float2*>(
-              &m_.x_sums[step % Shape::kXStages][token0 + 8 * n + 2 * t]);
-          sums[0] = s[unit];
-          sums[1] = s[2 + unit];
-        }
+        if (n >= used) break;
+        const uint4 b = x[n * 64 + ((4 * unit + t) ^ flip)];
 #pragma unroll
-        for (int r = 0; r < Shape::kRowTiles; ++r) {
-          MultiplyTile(a[r], b, scales[r], sums, sum_[r][n]);
-        }
+        for (int r = 0; r < Shape::kRowTiles; ++r) MultiplyTile(a[r], b, scales[r], sum_[r][n]);
       }
+    }
+  }
+
+  // Adds offset * (sum of activations) over the four 16-column groups of a step with one product:
+  // lane t of a quad holds group t, and (o + o')(s + s') of its split factors takes its four columns.
+  __device__ __forceinline__ void MultiplyOffsets(int step, int used) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    uint32_t a[Shape::kRowTiles][4];
+#pragma unroll
+    for (int r = 0; r < Shape::kRowTiles; ++r) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t o = m_.offsets[step % 2][WarpRow() + 16 * r + 8 * half + g][t];
+        a[r][half] = __byte_perm(o, o, 0x1010);
+        a[r][half + 2] = __byte_perm(o, o, 0x3232);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < Shape::kTokenTiles; ++n) {
+      if (n >= used) break;
+      const uint32_t s = m_.x_sums[step % 2][WarpToken() + 8 * n + g][t];
+#pragma unroll
+      for (int r = 0; r < Shape::kRowTiles; ++r) MultiplyBF16(sum_[r][n], a[r], s, s);
     }
   }
 
   __device__ __forceinline__ void MultiplyTile(const uint32_t (&a)[2][4], uint4 b,
-                                               const Scales (&scales)[2], const float2 (&sums)[2],
-                                               float (&sum)[4]) {
-    if constexpr (Scales::kGroups == 1) {
-      float d[4] = {};
-      MultiplyF16(d, a[0], b.x, b.y);
-      MultiplyF16(d, a[1], b.z, b.w);
-      Accumulate<0>(d, scales, sums[0].x + sums[0].y, sums[1].x + sums[1].y, sum);
-    } else {
-      float d[4] = {}, e[4] = {};
-      MultiplyF16(d, a[0], b.x, b.y);
-      Accumulate<0>(d, scales, sums[0].x, sums[1].x, sum);
-      MultiplyF16(e, a[1], b.z, b.w);
-      Accumulate<Scales::kGroups - 1>(e, scales, sums[0].y, sums[1].y, sum);
-    }
-  }
-
-  template <int kGroup>
-  __device__ __forceinline__ static void Accumulate(const float (&d)[4], const Scales (&scales)[2],
-                                                    float x_sum0, float x_sum1, float (&sum)[4]) {
+                                               const Scales (&scales)[2], float (&sum)[4]) {
+    float d[2][4] = {};
+    MultiplyF16(d[0], a[0], b.x, b.y);
+    MultiplyF16(d[Shape::kGroups - 1], a[1], b.z, b.w);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Scales& s = scales[i / 2];
-      sum[i] = fmaf(s.scale(kGroup), d[i], sum[i]);
-      if constexpr (Format::kHasOffset) {
-        sum[i] = fmaf(s.offset(kGroup), i % 2 ? x_sum1 : x_sum0, sum[i]);
-      }
+    for (int group = 0; group < Shape::kGroups; ++group) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum[i] = fmaf(scales[i / 2].group[group], d[group][i], sum[i]);
     }
   }
 
@@ -228,20 +251,19 @@ class WideBlock {
   Memory& m_;
   const TokenTile tile_;
   const Band band_;
+  const RowCopier<Raw> copier_;
+  const uint8_t* decode_from_;
+  const int k_;
   float sum_[Shape::kRowTiles][Shape::kTokenTiles][4] = {};
 };
 
 template <typename Format, int kTokens>
-__global__ void __launch_bounds__(256, kTokens >= 128 ? 1 : 2)
-    WideGemm(const __grid_constant__ GemmArgs args) {
+__global__ void __launch_bounds__(256, 2) WideGemm(const __grid_constant__ GemmArgs args) {
   using Block = WideBlock<Format, kTokens>;
   extern __shared__ __align__(128) uint8_t shared[];
-  const unsigned bands =
-      static_cast<unsigned>((args.rows[0] + 127) / 128 + (args.rows[1] + 127) / 128);
-  const int tile_index = blockIdx.x / bands;
-  if (tile_index >= *args.lists.num_tiles) return;
-  const TokenTile tile = args.lists.tiles[tile_index];
-  const Band band = FindBand(args, tile.expert, blockIdx.x % bands, Block::Shape::kRows);
+  TokenTile tile;
+  if (!FindTile(args.lists, &tile)) return;
+  const Band band = FindBand(args, tile.expert, blockIdx.x, Block::Shape::kRows);
   Block(args, *reinterpret_cast<typename Block::Memory*>(shared), tile, band).Run();
 }
 

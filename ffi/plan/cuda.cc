@@ -39,9 +39,9 @@ CudaTile ChooseCudaTile(int64_t pairs, int64_t experts) {
   return mean <= 5 ? CudaTile::kNarrow : mean <= 40 ? CudaTile::kMedium : CudaTile::kWide;
 }
 
-int ChooseCudaSplits(int64_t k) {
+int ChooseCudaLogSplits(int64_t k) {
   const int64_t chunks = (k + 255) / 256;
-  return chunks >= 8 ? 4 : chunks >= 4 ? 2 : 1;
+  return chunks >= 8 ? 2 : chunks >= 4 ? 1 : 0;
 }
 
 CudaGemmLayout LayoutCudaGemm(const GemmShape& shape, int64_t tokens) {

@@ -13,9 +13,9 @@ enum class CudaTile : int { kNarrow = 0, kMedium = 1, kWide = 2 };
 // From the mean number of pairs an expert: grids may depend on shapes only, not on the routing.
 CudaTile ChooseCudaTile(int64_t pairs, int64_t experts);
 
-// Warps that share 16 weight rows in a narrow kernel: 1, 2 or 4. Depends on K alone, so that a token's
+// log2 of the warps that share 16 weight rows in a narrow kernel, of which a block has 4. Depends on K alone, so that a token's
 // result has the same bits whatever the batch.
-int ChooseCudaSplits(int64_t k);
+int ChooseCudaLogSplits(int64_t k);
 
 // The fewest tokens a tile, which bounds the number of tiles.
 inline constexpr int64_t kCudaMinTileTokens = 8;
