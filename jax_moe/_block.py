@@ -183,6 +183,11 @@ def _second_pass(
     experts with the divided ids, as in llama.cpp; two slots may name the same chunk.
     """
     num_chunks = chunks.down.shape[-3]
+    if num_chunks * config.experts_per_group != logits.shape[1]:
+        raise ValueError(
+            f"params.chunk_experts has {num_chunks} experts, not one for each "
+            f"{config.experts_per_group} (config.experts_per_group) of {logits.shape[1]} experts."
+        )
     chosen = route(
         logits, min(config.top_k, num_chunks), implementation=options["implementation"]
     ).expert_ids

@@ -53,6 +53,10 @@ class MoEConfig:
     chunk_scale: float = 1.0
     norm_eps: float = 1e-6
 
+    def __post_init__(self) -> None:
+        if self.activation_betas is not None:  # from JSON it is a list, which has no hash
+            object.__setattr__(self, "activation_betas", tuple(self.activation_betas))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 import jax
@@ -95,8 +96,10 @@ def _sizes(layer: GGUFLayer) -> list[str]:
 
 
 @partial(jax.jit, static_argnames="config")
-def _forward(params: MoEParams, x: jax.Array, config: MoEConfig) -> jax.Array:
-    return moe_block(params, x, config)
+def _forward(
+    params: MoEParams, x: jax.Array, config: MoEConfig, inputs: dict[str, Any]
+) -> jax.Array:
+    return moe_block(params, x, config, **inputs)
 
 
 def _run_layer(file: GGUFFile, layer: GGUFLayer, num_tokens: int) -> tuple[float, float]:
@@ -104,8 +107,18 @@ def _run_layer(file: GGUFFile, layer: GGUFLayer, num_tokens: int) -> tuple[float
     params, config = file.load(layer.index)
     rng = np.random.default_rng(layer.index)
     x = rng.standard_normal((num_tokens, layer.d_model)).astype(np.float32)
-    y, seconds = _time(lambda: _forward(params, jnp.asarray(x), config))
-    expected = reference.block(layer, x[:CHECKED_TOKENS].astype(np.float64))
+    inputs = {}
+    if config.router_reads != "x":
+        inputs["router_input"] = rng.standard_normal(x.shape).astype(np.float32)
+    if params.token_to_experts is not None:
+        vocabulary = params.token_to_experts.shape[0]
+        inputs["token_ids"] = rng.integers(0, vocabulary, num_tokens, np.int32)
+    arrays = jax.tree.map(jnp.asarray, inputs)
+    y, seconds = _time(lambda: _forward(params, jnp.asarray(x), config, arrays))
+    checked = {name: value[:CHECKED_TOKENS] for name, value in inputs.items()}
+    if "router_input" in checked:
+        checked["router_input"] = checked["router_input"].astype(np.float64)
+    expected = reference.block(layer, x[:CHECKED_TOKENS].astype(np.float64), **checked)
     error = np.linalg.norm(y[:CHECKED_TOKENS] - expected) / np.linalg.norm(expected)
     return seconds, float(error)
 

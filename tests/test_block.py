@@ -113,6 +113,18 @@ def test_router_input(implementation):
     check(y, b.ffn(b.x, *exact_route(b.logits(other), K)))
 
 
+def test_a_router_that_reads_something_else_must_be_given_it():
+    b = Block()
+    for reads, words in (("layer_input", "layer's input"), ("unnormed", "norm of")):
+        with pytest.raises(ValueError, match=f"router_input is needed: .*{words}"):
+            b.run(MoEConfig(top_k=K, router_reads=reads), "reference")
+    with pytest.raises(ValueError, match=r"config\.router_reads is one of 'x'"):
+        b.run(MoEConfig(top_k=K, router_reads="y"), "reference")
+    other = oracle.normal(b.rng, (T, H - 1))
+    with pytest.raises(ValueError, match="router_input has x's shape"):
+        b.run(MoEConfig(top_k=K), "reference", call={"router_input": other})
+
+
 def test_router_scale(implementation):
     b = Block()
     scale = oracle.normal(b.rng, (H,))
@@ -122,12 +134,12 @@ def test_router_scale(implementation):
     check(y, b.ffn(b.x, *exact_route(b.logits(seen), K)))
 
 
-@pytest.mark.parametrize("average", [False, True])
-def test_shared_experts_with_a_gate(implementation, average):
+@pytest.mark.parametrize("sum_scale", [1.0, 0.5])
+def test_shared_experts_with_a_gate(implementation, sum_scale):
     b, s = Block(), Block(seed=9, experts=1, f=160)
     gate = oracle.normal(b.rng, (H,))
     y = b.run(
-        MoEConfig(top_k=K, shared_average=average),
+        MoEConfig(top_k=K, sum_scale=sum_scale),
         implementation,
         shared=s.experts,
         shared_gate=gate,
@@ -135,7 +147,7 @@ def test_shared_experts_with_a_gate(implementation, average):
     weight = oracle.sigmoid(np.asarray(b.x, np.float64) @ np.asarray(gate, np.float64))[:, None]
     shared = s.ffn(b.x, np.zeros((T, 1), int), weight)
     expected = b.ffn(b.x, *exact_route(b.logits(), K)) + shared
-    check(y, expected * (0.5 if average else 1))
+    check(y, expected * sum_scale)
 
 
 def test_shared_experts_with_their_own_activation(implementation):
@@ -181,6 +193,63 @@ def test_experts_by_token(implementation):
     ids = np.asarray(table)[np.asarray(tokens)]
     gates = np.sqrt(np.log1p(np.exp(b.logits())))
     check(y, b.ffn(b.x, ids, exact_weights(gates, ids, scale=1.5)))
+
+
+def test_an_unknown_token_has_no_routed_experts(implementation):
+    b = Block()
+    tokens = jnp.asarray([0, -1, 11, 10, 2**31 - 1, 3, 5], jnp.int32)
+    table = jnp.asarray(b.rng.integers(0, E, (11, K)), jnp.int32)
+    y = b.run(
+        MoEConfig(top_k=K), implementation, token_to_experts=table, call={"token_ids": tokens}
+    )
+    known = np.array([True, False, False, True, False, True, True])
+    np.testing.assert_array_equal(np.any(np.asarray(y) != 0, axis=1), known)
+
+
+def test_token_ids_are_checked():
+    b = Block()
+    table = jnp.zeros((11, K), jnp.int32)
+
+    def run(**call):
+        return b.run(MoEConfig(top_k=K), "reference", token_to_experts=table, call=call)
+
+    with pytest.raises(ValueError, match="token_ids is needed"):
+        run()
+    with pytest.raises(ValueError, match=r"token_ids has the shape of x without .* \(7,\)"):
+        run(token_ids=jnp.zeros(6, jnp.int32))
+    with pytest.raises(TypeError, match="token_ids holds integers, not float32"):
+        run(token_ids=jnp.zeros(T))
+
+
+def test_norms_of_the_paths(implementation):
+    b, s = Block(), Block(seed=9, experts=1)
+    stream = oracle.normal(b.rng, (T, H))
+    pre, routed_post, shared_post = (oracle.normal(b.rng, (H,)) for _ in range(3))
+
+    def norm(x, weight):
+        return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-6) * np.asarray(weight, float)
+
+    y = b.run(
+        MoEConfig(top_k=K, router_reads="unnormed", sum_scale=0.25),
+        implementation,
+        shared=s.experts,
+        shared_pre_norm=pre,
+        routed_post_norm=routed_post,
+        shared_post_norm=shared_post,
+        call={"router_input": stream},
+    )
+    routed = b.ffn(b.x, *exact_route(b.logits(stream), K))
+    read = norm(np.asarray(stream, np.float64), pre)
+    shared = s.ffn(read, np.zeros((T, 1), int), np.ones((T, 1)))
+    check(y, 0.25 * (norm(routed, routed_post) + norm(shared, shared_post)))
+
+
+def test_chunk_experts_are_checked():
+    b, c = Block(), Block(seed=30, experts=3, f=32)
+    with pytest.raises(
+        ValueError, match=r"params\.chunk_experts has 3 experts, not one for each 3"
+    ):
+        b.run(MoEConfig(top_k=K, experts_per_group=3), "reference", chunk_experts=c.experts)
 
 
 def test_second_pass_of_chunk_experts(implementation):

@@ -62,6 +62,11 @@ def without(made, *names):
     )
 
 
+def without_keys(made, *names):
+    architecture, keys, tensors = made
+    return architecture, {k: v for k, v in keys.items() if k not in names}, tensors
+
+
 def merged(made):
     """gate and up as one tensor, gate rows first."""
     architecture, keys, tensors = made
@@ -158,8 +163,8 @@ MODELS = {
         },
     ),
     "cohere2moe": (
-        model("cohere2moe", {}, shared=True),
-        {"gating": "sigmoid", "normalize": False, "shared_average": True},
+        model("cohere2moe", {"expert_shared_count": 1}, shared=True),
+        {"gating": "sigmoid", "normalize": False, "sum_scale": 0.5},
     ),
     "nemotron_h_moe": (
         without(
@@ -299,6 +304,34 @@ def test_result(case, implementation):
     assert np.linalg.norm(y - expected) <= 1e-5 * np.linalg.norm(expected)
 
 
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        (
+            model("smallthinker", {"expert_gating_func": 1}),
+            "softmax, top 2 of 4, normalized, reads router_input (layer_input)",
+        ),
+        (
+            model("deepseek4", {"expert_gating_func": 4} | {"swiglu_clamp_exp": 1.0}, BIAS),
+            None,
+        ),
+        (
+            model(
+                "deepseek2",
+                DEEPSEEK | {"expert_group_count": 2, "expert_group_used_count": 1},
+                BIAS,
+                shared=True,
+            ),
+            "softmax, top 2 of 4, selection bias, groups 1/2, normalized, x2.5",
+        ),
+    ],
+)
+def test_a_router_in_words(made, words, tmp_path):
+    layer = layer_1(GGUFFile(write_gguf(tmp_path / "model.gguf", *made)))
+    assert layer.router == (words or "")
+    assert (layer.problem is None) == (words is not None)
+
+
 def test_load_gguf_is_load(tmp_path):
     path = write_qwen3moe(tmp_path / "model.gguf")
     params, config = load_gguf(path, 1)
@@ -351,6 +384,13 @@ def test_a_file_on_the_cpu_is_not_copied_where_it_need_not_be(tmp_path):
     up = file.load(0)[0].experts.up.data
     assert up.unsafe_buffer_pointer() == file.layers[0].projections["up"].bytes().ctypes.data
 
+
+DEEPSEEK4 = {"expert_gating_func": 4, "swiglu_clamp_exp": 10.0}
+TABLE = {"blk.1.ffn_gate_tid2eid.weight": np.arange(18, dtype=np.int32).reshape(9, 2) % 4}
+CHUNKS = {
+    f"blk.1.ffn_{name}_chexps.weight": Weights()(2, *shape)
+    for name, shape in (("gate", (32, 64)), ("up", (32, 64)), ("down", (64, 32)))
+}
 
 ERRORS = {
     "gating": (
@@ -433,6 +473,83 @@ ERRORS = {
         model("qwen3moe", {}, BIAS),
         r"tensor 'blk\.1\.exp_probs_b\.bias' has no known meaning",
     ),
+    "a gating that the architecture does not know": (
+        model("deepseek4", DEEPSEEK4 | {"expert_gating_func": 2}, BIAS, shared=True),
+        r"key 'deepseek4\.expert_gating_func' is 2 \(sigmoid\), and .* only sqrt_softplus",
+    ),
+    "groups where there are none": (
+        model("llama4", {"expert_group_count": 2, "expert_group_used_count": 1}, shared=True),
+        r"key 'llama4\.expert_group_count' is 2, and this architecture's experts have no groups",
+    ),
+    "no limit": (
+        without_keys(model("deepseek4", DEEPSEEK4, BIAS, shared=True), "swiglu_clamp_exp"),
+        r"key 'deepseek4\.swiglu_clamp_exp' is missing",
+    ),
+    "a limit for other layers": (
+        model("deepseek4", DEEPSEEK4 | {"swiglu_clamp_exp": [1.0]}, BIAS, shared=True),
+        r"'deepseek4\.swiglu_clamp_exp' is an array of 1, without a value for layer 1",
+    ),
+    "no table of experts": (
+        model("deepseek4", DEEPSEEK4 | {"hash_layer_count": 2}, shared=True),
+        r"tensor 'blk\.1\.ffn_gate_tid2eid\.weight' is missing",
+    ),
+    "a table of another type": (
+        model(
+            "deepseek4",
+            DEEPSEEK4 | {"hash_layer_count": 2},
+            vector("ffn_gate_tid2eid.weight", 9, 2),
+            shared=True,
+        ),
+        r"'blk\.1\.ffn_gate_tid2eid\.weight' has type F32, which cannot be used",
+    ),
+    "a table of another width": (
+        model("deepseek4", DEEPSEEK4 | {"hash_layer_count": 2}, TABLE, top_k=3, shared=True),
+        r"'blk\.1\.ffn_gate_tid2eid\.weight' has shape \[9, 2\], expected \[any, 3\]",
+    ),
+    "a table where none is used": (
+        model("deepseek4", DEEPSEEK4, BIAS, TABLE, shared=True),
+        r"tensor 'blk\.1\.ffn_gate_tid2eid\.weight' has no known meaning",
+    ),
+    "no chunk experts": (
+        model("grovemoe", {"experts_per_group": 2, "expert_group_scale": 0.05}),
+        r"tensor 'blk\.1\.ffn_down_chexps\.weight' is missing",
+    ),
+    "experts a group": (
+        model("grovemoe", {"experts_per_group": 3, "expert_group_scale": 0.05}),
+        r"key 'grovemoe\.experts_per_group' is 3, not a divisor of the 4 experts",
+    ),
+    "no scale of chunk experts": (
+        model("grovemoe", {"experts_per_group": 2}, CHUNKS),
+        r"key 'grovemoe\.expert_group_scale' is missing",
+    ),
+    "no norm inside the block": (
+        model("gemma4", {}, vector("ffn_gate_inp.scale", 64), vector("ffn_norm.weight", 64)),
+        r"tensor 'blk\.1\.post_ffw_norm_2\.weight' is missing",
+    ),
+    "half of a dense network": (
+        model("grok", {}, vector("ffn_up.weight", 32, 64)),
+        r"tensor 'blk\.1\.ffn_down\.weight' is missing",
+    ),
+    "no latent projection": (
+        model(
+            "kimi-k3",
+            {"expert_gating_func": 2, "expert_latent_length": 32},
+            BIAS,
+        ),
+        r"tensor 'blk\.1\.ffn_routed_down\.weight' is missing",
+    ),
+    "no merged projections of the shared expert": (
+        model(
+            "granite_swa",
+            {"expert_shared_feed_forward_length": 32},
+            vector("ffn_down_shexp.weight", 64, 32),
+        ),
+        r"tensor 'blk\.1\.ffn_up_shexp\.weight' is missing",
+    ),
+    "a router without experts": (
+        ("qwen3next", model_keys(), vector("ffn_gate_inp.weight", 4, 64)),
+        r"tensor 'blk\.1\.ffn_down_exps\.weight' is missing",
+    ),
     "an unknown architecture": (
         ("newmoe", *model("qwen3moe", {})[1:]),
         "architecture 'newmoe' is not known",
@@ -449,6 +566,21 @@ def test_what_is_wrong_is_named(error, tmp_path):
         file.load(1)
 
 
+@pytest.mark.parametrize("expert", [-1, 4])
+def test_a_table_names_existing_experts(expert, tmp_path):
+    table = TABLE["blk.1.ffn_gate_tid2eid.weight"].copy()
+    table[7, 1] = expert
+    made = model(
+        "deepseek4",
+        DEEPSEEK4 | {"hash_layer_count": 2},
+        {"blk.1.ffn_gate_tid2eid.weight": table},
+        shared=True,
+    )
+    file = GGUFFile(write_gguf(tmp_path / "model.gguf", *made))
+    with pytest.raises(GGUFError, match=r"ffn_gate_tid2eid\.weight' holds numbers .* from 0 to 3"):
+        file.load(1)
+
+
 @pytest.mark.parametrize(
     ("key", "value"), [("block_count", 1 << 31), ("leading_dense_block_count", "two")]
 )
@@ -462,7 +594,7 @@ def test_keys_that_say_which_layers_there_are(key, value, tmp_path):
 def test_rows_are_usable():
     """Every row names gatings and activations that exist."""
     from jax_moe._activations import ACTIVATIONS
-    from jax_moe._gguf.architectures import GATINGS, Key
+    from jax_moe._gguf.schema import GATINGS, Key
 
     for name, row in ARCHITECTURES.items():
         assert row.activation in ACTIVATIONS, name

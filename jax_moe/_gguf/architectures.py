@@ -1,127 +1,70 @@
 """What each GGUF architecture means: one row of data per architecture string.
 
 A row says which metadata keys and tensors make up the architecture's MoE block and by which rule
-they combine; `layers.py` reads the rows. Sizes are not in the rows: E comes from `expert_count`, H
-from `embedding_length`, and the widths of routed and shared experts from the tensors, which must
-agree with one another. Facts: llama.cpp, src/models/*.cpp and src/llama-graph.cpp
-(`build_moe_ffn`).
+they combine; `schema.py` says what can be said, `layers.py` reads the rows. Sizes are not in the
+rows: E comes from `expert_count`, H from `embedding_length`, and the widths of routed and shared
+experts from the tensors, which must agree with one another. Facts: llama.cpp, src/models/*.cpp and
+src/llama-graph.cpp (`build_moe_ffn`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
 
-REQUIRED: Any = object()
-
-
-@dataclass(frozen=True)
-class Key:
-    """The value of metadata key `{architecture}.{name}`; where an array, its element of the layer.
-
-    `default` is the value where the file has no such key; REQUIRED makes that an error.
-    """
-
-    name: str
-    default: Any = REQUIRED
-
-
-Presence = Literal["absent", "optional", "required"]
-
-# Values of the key `expert_gating_func`. In a file 0 is the same as no value.
-GATINGS = {1: "softmax", 2: "sigmoid", 3: "softmax_after_topk", 4: "sqrt_softplus"}
-
-# A swiglu limit up to this stands for "no limit".
-NO_LIMIT = 1e-6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """The MoE block of one architecture.
-
-    Attributes:
-      layers: which layers are MoE layers. "all"; "tensors": those that have expert tensors;
-        "interleaved": those from `leading_dense` on with (layer + 1) % `step` == 0.
-      gating, normalize, scale: of `route`, fixed or read from a key.
-      gating_by_size: overrides a missing gating key, for (block_count, vocabulary size).
-      router_bias: presence of `ffn_gate_inp.bias`, added to the logits.
-      selection_bias: presence of `selection_bias_tensor`, added for the selection only.
-      gate: whether experts have a gate projection.
-      merged: whether one tensor `ffn_gate_up_exps` may stand for gate and up.
-      biases: presence of a bias of every expert projection.
-      activation: of routed experts. The clamped ones need `limit`; without one they become
-        "swiglu".
-      limit, betas: constants of the activation.
-      weights_before: routing weights multiply the experts' input.
-      shared: presence of the shared expert, or a key that is positive where there is one.
-      shared_gate: presence of `ffn_gate_inp_shexp`, whose sigmoid weights the shared expert.
-      shared_merged: `ffn_up_shexp` holds gate rows, then up rows.
-      shared_limit: as `limit`, for the shared expert. None: its activation is never clamped.
-      shared_average: the block's result is the mean of routed and shared result.
-      latent: tensors that project the routed experts' input down and their result up, where they
-        work at a width of their own, and optionally the norm of what they give.
-      latent_presence: of those tensors.
-      ignored: tensors that files may have and that no computation reads.
-    """
-
-    layers: Literal["all", "tensors", "interleaved"] = "all"
-    leading_dense: int | Key = 0
-    step: int | Key = 1
-    gating: str | Key = "softmax"
-    gating_by_size: tuple[tuple[tuple[int, int], str], ...] = ()
-    normalize: bool | Key = True
-    scale: float | Key = 1.0
-    router_bias: Presence = "absent"
-    selection_bias: Presence = "absent"
-    selection_bias_tensor: str = "exp_probs_b.bias"
-    gate: bool = True
-    merged: bool = False
-    biases: Presence = "absent"
-    activation: str = "swiglu"
-    limit: float | Key | None = None
-    betas: tuple[float | Key, float | Key] | None = None
-    weights_before: bool = False
-    shared: Presence | Key = "absent"
-    shared_gate: Presence = "absent"
-    shared_merged: bool = False
-    shared_limit: float | Key | None = None
-    shared_average: bool = False
-    latent: tuple[str, ...] = ()
-    latent_presence: Presence = "absent"
-    ignored: tuple[str, ...] = ()
-
+from jax_moe._gguf.schema import Architecture, Key
 
 LEADING_DENSE = Key("leading_dense_block_count", 0)
+STEP = Key("interleave_moe_layer_step", 1)
 SCALE = Key("expert_weights_scale", 0.0)  # 0 stands for "not scaled"
 NORMALIZE = Key("expert_weights_norm", False)
 GATING = Key("expert_gating_func")
+GATING_OR_SOFTMAX = Key("expert_gating_func", "softmax")
+GATING_OR_SIGMOID = Key("expert_gating_func", "sigmoid")
 SHARED_COUNT = Key("expert_shared_count", 0)
 SHARED_WIDTH = Key("expert_shared_feed_forward_length", 0)
+LIMIT = Key("swiglu_clamp_exp", 0.0)
+NEEDED_LIMIT = Key("swiglu_clamp_exp")
+SHARED_LIMIT = Key("swiglu_clamp_shexp", 0.0)
 
-# In llama.cpp llama's gate tensor is optional. No published model lacks it, and requiring it here
-# keeps a damaged file from being read as an ungated model.
+_UNUSED_SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
+_HYPER = "What is normed is the mix of the hyper-connections' streams."
+_RESIDUAL_SCALE = "Outside: the factor `residual_scale` of the result."
+_POST_NORM = "Outside: the norm `post_ffw_norm` of the result."
+
 _SOFTMAX = Architecture()
 _SOFTMAX_UNNORMALIZED = Architecture(normalize=False)
-_QWEN_SHARED = Architecture(shared="required", shared_gate="required", normalize=False)
-_DEEPSEEK: dict[str, Any] = {
-    "layers": "interleaved",
-    "leading_dense": LEADING_DENSE,
-    "gating": GATING,
-    "normalize": NORMALIZE,
-    "scale": SCALE,
-    "selection_bias": "optional",
-    "shared": SHARED_COUNT,
-}
-_GATING_OR_SOFTMAX = Key("expert_gating_func", "softmax")
-_GATING_OR_SIGMOID = Key("expert_gating_func", "sigmoid")
-_DEEPSEEK2 = Architecture(
-    **_DEEPSEEK
-    | {
-        "gating": _GATING_OR_SOFTMAX,
-        # GLM-4.7-Flash files without the key.
-        "gating_by_size": (((47, 154880), "sigmoid"), ((48, 154880), "sigmoid")),
-        "merged": True,
-    }
+_LLAMA = Architecture(gate="optional", ignored=_UNUSED_SHARED)
+_QWEN = Architecture(shared="required", shared_gate="required")
+_GRANITE = Architecture(gate="optional", shared=SHARED_WIDTH, note=_RESIDUAL_SCALE)
+_DEEPSEEK = Architecture(
+    layers="interleaved",
+    leading_dense=LEADING_DENSE,
+    gating=GATING,
+    normalize=NORMALIZE,
+    scale=SCALE,
+    selection_bias="optional",
+    shared=SHARED_COUNT,
+)
+_DEEPSEEK2 = replace(
+    _DEEPSEEK,
+    gating=GATING_OR_SOFTMAX,
+    # GLM-4.7-Flash files without the key.
+    gating_by_size=(((47, 154880), "sigmoid"), ((48, 154880), "sigmoid")),
+    merged=True,
+)
+_BIASED = replace(_DEEPSEEK, selection_bias="required")
+_BIASED_SIGMOID = replace(_BIASED, gating=GATING_OR_SIGMOID)
+_DEEPSEEK4 = Architecture(
+    gating=GATING,
+    gatings=("sqrt_softplus",),
+    normalize=NORMALIZE,
+    scale=SCALE,
+    selection_bias="required",
+    activation="swiglu_clamp",
+    limit=NEEDED_LIMIT,
+    shared="required",
+    shared_limit=Key("swiglu_clamp_shexp", NEEDED_LIMIT),
+    note=_HYPER,
 )
 _NEMOTRON = Architecture(
     layers="tensors",
@@ -129,38 +72,93 @@ _NEMOTRON = Architecture(
     normalize=NORMALIZE,
     scale=SCALE,
     selection_bias="required",
-    gate=False,
+    gate="absent",
     activation="relu2",
     shared="required",
     latent=("ffn_latent_down", "ffn_latent_up"),
     latent_presence="optional",
+    x="attn_norm",
+    note="A MoE layer has no attention: x is the norm of the layer's input. In layers for "
+    "multi-token prediction it is that of `post_attention_norm`.",
 )
-_UNUSED_SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
 
 ARCHITECTURES: dict[str, Architecture] = {
     # Softmax routers without a shared expert.
-    "llama": Architecture(ignored=_UNUSED_SHARED),
-    "llama-embed": Architecture(ignored=_UNUSED_SHARED),
-    "mistral3": _SOFTMAX,
-    "dbrx": _SOFTMAX,
-    "phimoe": _SOFTMAX,
+    "llama": _LLAMA,
+    "llama-embed": _LLAMA,
+    "mistral3": _LLAMA,
+    "minicpm": Architecture(gate="optional", note=_RESIDUAL_SCALE),
+    "dbrx": Architecture(x="attn_output_norm", note="The norm is a LayerNorm."),
+    "phimoe": replace(_SOFTMAX, note="The norm has a bias."),
     "olmoe": _SOFTMAX_UNNORMALIZED,
     "llada-moe": _SOFTMAX_UNNORMALIZED,
     "qwen3moe": _SOFTMAX,
     "qwen3vlmoe": _SOFTMAX,
     "rnd1": _SOFTMAX,
     "mellum": _SOFTMAX,
-    "maple": Architecture(activation="swiglu_clamp", limit=Key("swiglu_clamp_exp")),
-    "minimax-01": _SOFTMAX,
-    "arctic": _SOFTMAX,
+    "maple": Architecture(activation="swiglu_clamp", limit=NEEDED_LIMIT),
     "jamba": Architecture(layers="tensors", normalize=False),
-    # Softmax routers with a shared expert.
-    "qwen2moe": _QWEN_SHARED,
-    "qwen3next": Architecture(
-        layers="tensors", merged=True, shared="optional", shared_gate="optional"
+    "arctic": Architecture(
+        x="ffn_norm_exps",
+        note="What is normed is the layer's input, from before attention. Outside: the dense "
+        "network and its own norm `ffn_norm`; its result and this block's are both added.",
     ),
-    "qwen35moe": Architecture(merged=True, shared="required", shared_gate="required"),
-    "qwen4exp": Architecture(merged=True, shared="required", shared_gate="required"),
+    "minimax-01": Architecture(
+        gate="optional", note="Outside: the residual is x itself, times `residual_scale`."
+    ),
+    "nomic-bert-moe": Architecture(
+        layers="seconds",
+        step=Key("moe_every_n_layers", 0),
+        normalize=False,
+        gate="absent",
+        activation="gelu",
+        x="attn_output_norm",
+        note="An encoder: x is the LayerNorm of the stream, and the residual is x itself. Outside: "
+        "the norm `layer_output_norm` of the residual sum.",
+    ),
+    # The dense network beside the experts counts as a shared expert.
+    "grok": Architecture(
+        gate="optional",
+        activation="geglu",
+        shared="optional",
+        shared_tensors="ffn_{}",
+        sum_scale=0.5**0.5,
+        note="Outside: the norm `layer_output_norm` or `post_ffw_norm` of the result.",
+    ),
+    "gemma4": Architecture(
+        layers="tensors",
+        router_reads="unnormed",
+        merged=True,
+        activation="geglu",
+        shared="required",
+        shared_tensors="ffn_{}",
+        vectors=(
+            ("router_scale", "ffn_gate_inp.scale"),
+            ("shared_pre_norm", "ffn_norm.weight"),
+            ("routed_post_norm", "post_ffw_norm_2.weight"),
+            ("shared_post_norm", "post_ffw_norm_1.weight"),
+        ),
+        x="pre_ffw_norm_2",
+        note="Inside: the router's own norm, the shared expert's input norm `ffn_norm`, and the "
+        "norms `post_ffw_norm_2` of the routed and `post_ffw_norm_1` of the shared result. "
+        + _POST_NORM,
+    ),
+    # Softmax routers with a shared expert.
+    "qwen2moe": replace(_QWEN, normalize=False),
+    "qwen3next": Architecture(
+        layers="tensors",
+        merged=True,
+        shared="optional",
+        shared_gate="optional",
+        x="post_attention_norm",
+    ),
+    "qwen35moe": replace(_QWEN, merged=True, x="post_attention_norm"),
+    "qwen4exp": replace(
+        _QWEN,
+        merged=True,
+        x="hc_ffn_norm",
+        note="x is the mix of the hyper-connections' streams, of which the norm is a part.",
+    ),
     "deepseek": Architecture(
         layers="interleaved",
         leading_dense=LEADING_DENSE,
@@ -169,16 +167,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         shared=SHARED_COUNT,
     ),
     "bailingmoe": Architecture(normalize=NORMALIZE, scale=SCALE, shared=SHARED_COUNT),
-    "granite": Architecture(shared=SHARED_WIDTH),
-    "granitemoe": Architecture(shared=SHARED_WIDTH),
-    "granitehybrid": Architecture(shared=SHARED_WIDTH),
-    "granite_swa": Architecture(merged=True, shared=SHARED_WIDTH, shared_merged=True),
+    "granite": _GRANITE,
+    "granitemoe": _GRANITE,
+    "granitehybrid": _GRANITE,
+    "granite_swa": replace(_GRANITE, gate="required", merged=True, shared_merged=True),
     "hunyuan-moe": Architecture(shared="required"),
     "ernie4_5-moe": Architecture(
         layers="interleaved",
         leading_dense=LEADING_DENSE,
-        step=Key("interleave_moe_layer_step", 1),
+        step=STEP,
         selection_bias="optional",
+        gate="optional",
         shared=SHARED_WIDTH,
     ),
     # Softmax over the selected experts.
@@ -189,82 +188,59 @@ ARCHITECTURES: dict[str, Architecture] = {
         biases="required",
         activation="swiglu_oai",
         limit=7.0,
+        x="post_attention_norm",
     ),
     # Routers in the manner of DeepSeek-V3.
     "deepseek2": _DEEPSEEK2,
-    "deepseek2-ocr": Architecture(**_DEEPSEEK | {"gating": _GATING_OR_SOFTMAX, "merged": True}),
+    "deepseek2-ocr": replace(_DEEPSEEK2, gating_by_size=()),
     "mistral4": _DEEPSEEK2,
-    "deepseek32": Architecture(**_DEEPSEEK),
-    "glm-dsa": Architecture(**_DEEPSEEK | {"gating": _GATING_OR_SIGMOID}),
-    "glm4moe": Architecture(
-        **_DEEPSEEK | {"gating": _GATING_OR_SIGMOID, "selection_bias": "required"}
+    "deepseek32": _DEEPSEEK,
+    "glm-dsa": replace(_DEEPSEEK, gating=GATING_OR_SIGMOID),
+    "glm4moe": replace(_BIASED_SIGMOID, x="post_attention_norm"),
+    "glm5-next": replace(
+        _BIASED_SIGMOID,
+        activation="swiglu_clamp",
+        limit=LIMIT,
+        shared_limit=Key("swiglu_clamp_shexp", LIMIT),
+        note=_HYPER,
     ),
-    "glm5-next": Architecture(
-        **_DEEPSEEK
-        | {
-            "gating": _GATING_OR_SIGMOID,
-            "selection_bias": "required",
-            "activation": "swiglu_clamp",
-            "limit": Key("swiglu_clamp_exp", 0.0),
-            "shared_limit": Key("swiglu_clamp_shexp", Key("swiglu_clamp_exp", 0.0)),
-        }
+    "dots1": _DEEPSEEK,
+    "dots3note": _BIASED,
+    "bailingmoe2": _DEEPSEEK,
+    "bailingmoe3": replace(
+        _BIASED,
+        shared="required",
+        activation="swiglu_clamp_after",
+        limit=LIMIT,
+        shared_limit=SHARED_LIMIT,
     ),
-    "dots1": Architecture(**_DEEPSEEK),
-    "dots3note": Architecture(**_DEEPSEEK | {"selection_bias": "required"}),
-    "bailingmoe2": Architecture(**_DEEPSEEK),
-    "bailingmoe3": Architecture(
-        **_DEEPSEEK
-        | {
-            "selection_bias": "required",
-            "shared": "required",
-            "activation": "swiglu_clamp_after",
-            "limit": Key("swiglu_clamp_exp", 0.0),
-            "shared_limit": Key("swiglu_clamp_shexp", 0.0),
-        }
+    "exaone-moe": replace(_DEEPSEEK, layers="tensors", shared="required"),
+    "afmoe": replace(_BIASED_SIGMOID, note=_POST_NORM),
+    "laguna": replace(_BIASED_SIGMOID, shared="required"),
+    "hy_v3": replace(
+        _DEEPSEEK,
+        layers="tensors",
+        gating=GATING_OR_SIGMOID,
+        selection_bias_tensor="exp_probs_b",
+        merged=True,
+        shared="optional",
     ),
-    "exaone-moe": Architecture(**_DEEPSEEK | {"layers": "tensors", "shared": "required"}),
-    "afmoe": Architecture(
-        **_DEEPSEEK | {"gating": _GATING_OR_SIGMOID, "selection_bias": "required"}
-    ),
-    "laguna": Architecture(
-        **_DEEPSEEK
-        | {"gating": _GATING_OR_SIGMOID, "selection_bias": "required", "shared": "required"}
-    ),
-    "hy_v3": Architecture(
-        **_DEEPSEEK
-        | {
-            "layers": "tensors",
-            "gating": _GATING_OR_SIGMOID,
-            "selection_bias_tensor": "exp_probs_b",
-            "merged": True,
-            "shared": "required",
-        }
-    ),
-    "hy_v4": Architecture(
-        **_DEEPSEEK | {"activation": "swiglu_clamp", "limit": Key("swiglu_clamp_exp", 0.0)}
-    ),
-    "step35": Architecture(
-        **_DEEPSEEK
-        | {
-            "layers": "tensors",
-            "gating": _GATING_OR_SIGMOID,
-            "shared": "required",
-            "activation": "swiglu_clamp_after",
-            "limit": Key("swiglu_clamp_exp", 0.0),
-            "shared_limit": Key("swiglu_clamp_shexp", 0.0),
-        }
+    "hy_v4": replace(_DEEPSEEK, activation="swiglu_clamp", limit=LIMIT, note=_HYPER),
+    "step35": replace(
+        _DEEPSEEK,
+        layers="tensors",
+        gating=GATING_OR_SIGMOID,
+        gate="optional",
+        shared="optional",
+        activation="swiglu_clamp_after",
+        limit=LIMIT,
+        shared_limit=SHARED_LIMIT,
     ),
     "minimax-m2": Architecture(gating=GATING, selection_bias="required"),
-    "minimax-m3": Architecture(
-        **_DEEPSEEK
-        | {
-            "selection_bias": "required",
-            "activation": "swiglu_oai",
-            "limit": 7.0,
-            "shared_limit": 7.0,
-        }
+    "minimax-m3": replace(_BIASED, activation="swiglu_oai", limit=7.0, shared_limit=7.0),
+    "mimo2": Architecture(
+        layers="tensors", gating="sigmoid", selection_bias="optional", gate="optional"
     ),
-    "mimo2": Architecture(layers="tensors", gating="sigmoid", selection_bias="optional"),
     "lfm2moe": Architecture(
         layers="interleaved",
         leading_dense=LEADING_DENSE,
@@ -277,41 +253,57 @@ ARCHITECTURES: dict[str, Architecture] = {
         gating=GATING,
         scale=SCALE,
         selection_bias="required",
-        shared="required",
+        shared="optional",
     ),
     "cohere2moe": Architecture(
         layers="interleaved",
         leading_dense=LEADING_DENSE,
-        gating=_GATING_OR_SIGMOID,
+        gating=GATING_OR_SIGMOID,
         normalize=NORMALIZE,
         scale=SCALE,
         merged=True,
-        shared="required",
-        shared_average=True,
+        shared=SHARED_COUNT,
+        sum_scale=0.5,
+        x="attn_norm",
+        note="Attention and experts are parallel: x is the norm of the layer's input.",
     ),
-    # Experts without a gate, in later models at a width of their own.
+    # Experts without a gate, or at a width of their own.
     "nemotron_h": _NEMOTRON,
     "nemotron_h_moe": _NEMOTRON,
-    "nomic-bert-moe": Architecture(
-        layers="tensors", normalize=False, gate=False, activation="gelu"
-    ),
-    "kimi-k3": Architecture(
-        **_DEEPSEEK
-        | {
-            "selection_bias": "required",
-            "activation": "situ",
-            "betas": (Key("activation.situ_beta"), Key("activation.situ_linear_beta", 0.0)),
-            "latent": ("ffn_routed_down", "ffn_routed_up", "ffn_routed_norm"),
-            "latent_presence": "required",
-        }
+    "kimi-k3": replace(
+        _BIASED,
+        activation="situ",
+        betas=(Key("activation.situ_beta"), Key("activation.situ_linear_beta", 0.0)),
+        shared="optional",
+        latent=("ffn_routed_down", "ffn_routed_up", "ffn_routed_norm"),
+        latent_presence=Key("expert_latent_length", 0),
+        note="Inside: the norm `ffn_routed_norm` of the routed result. What is normed to x is the "
+        "mix of the layers' results so far.",
     ),
     # The routing weight, a sigmoid, multiplies the experts' input.
     "llama4": Architecture(
         layers="interleaved",
-        step=Key("interleave_moe_layer_step", 1),
+        step=STEP,
         gating="sigmoid",
         normalize=False,
+        groups=False,
         weights_before=True,
         shared="required",
     ),
+    # The router reads something else than the experts.
+    "smallthinker": Architecture(gating=GATING, router_reads="layer_input", activation="reglu"),
+    # A second pass of chunk experts over the first one's result.
+    "grovemoe": Architecture(
+        groups=False,
+        experts_per_group=Key("experts_per_group"),
+        chunk_scale=Key("expert_group_scale"),
+    ),
+    # Some layers choose experts by token id.
+    "deepseek4": replace(
+        _DEEPSEEK4,
+        hash_layers=Key("hash_layer_count", 0),
+        ignored=("exp_probs_b_vl",),
+        note=_HYPER + " Outside: other selection biases for image tokens, `exp_probs_b_vl`.",
+    ),
+    "dflash": replace(_DEEPSEEK4, layers="tensors"),
 }

@@ -6,16 +6,18 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_moe._block import MoEConfig, MoEParams
+from jax_moe._block_types import MoEConfig, MoEParams
 from jax_moe._ffn import Experts
 from jax_moe._gguf.entries import Entry
-from jax_moe._gguf.header import GGUFError
+from jax_moe._gguf.header import GGUFError, TensorInfo
 from jax_moe._gguf.keys import architecture_name
 from jax_moe._gguf.layers import GGUFLayer, read_layers
 from jax_moe._gguf.progress import read_ahead
@@ -59,6 +61,46 @@ class GGUFFile:
         """The model's MoE layers in order, with whether and why each can be run."""
         return read_layers(self._model)
 
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """All tensors of the model; a tensor has `name`, `format`, `shape` and `nbytes`."""
+        return MappingProxyType(self._model.tensors)
+
+    def load_tensor(
+        self,
+        name: str,
+        device_or_sharding: jax.Device | jax.sharding.Sharding | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> PackedExperts | Array:
+        """Any tensor of the model, for what is not in a MoE layer: attention, norms, embeddings.
+
+        A packed matrix `[N, K]` comes as one expert, PackedExperts uint8 `[1, N, row_bytes]`, which
+        `moe_gemm` multiplies by; a dense tensor in its own shape and dtype, float32, float16 or
+        bfloat16.
+
+        Args:
+          name: as in the file, like "blk.0.attn_q.weight"; a key of `tensors`.
+          device_or_sharding: where to put it; JAX's default device if None.
+          progress: as in `load`.
+
+        Raises:
+          GGUFError: if there is no such tensor, or its type is not one of those.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise self._model.error(f"tensor {name!r} is missing")
+        if tensor.ggml_type not in BLOCK_FORMATS and tensor.ggml_type not in DENSE_DTYPES:
+            raise self._model.error(
+                f"tensor {name!r} has type {tensor.format}, which cannot be used"
+            )
+        self._check_size()
+        read_ahead([tensor], name, progress)
+        packed = tensor.ggml_type in BLOCK_FORMATS
+        leading = (1,) * (3 - len(tensor.shape)) if packed else ()
+        entry = Entry(tensor, (*leading, *tensor.shape), weight=True)
+        return jax.device_put(self._host_array(entry), device_or_sharding)
+
     def load(
         self,
         layer: int,
@@ -69,7 +111,8 @@ class GGUFFile:
         """The parameters and the configuration of one MoE layer, for `moe_block`.
 
         Expert weights keep the file's format: PackedExperts uint8 `[E, N, row_bytes]`, or dense
-        float32, float16 or bfloat16 `[E, N, K]`. Router, biases, scales and norms are float32.
+        float32, float16 or bfloat16 `[E, N, K]`. Router, biases, scales and norms are float32,
+        tables of experts int32.
 
         Args:
           layer: the layer's index in the model, as in `layers`.
@@ -84,17 +127,20 @@ class GGUFFile:
           GGUFError: if the model has no such MoE layer, or it cannot be run; it says why.
         """
         info = self._layer(layer)
-        # A map of a file that has shrunk kills the process at the first touch.
-        for part in self._model.parts:
-            if os.stat(part.path).st_size < part.size:
-                raise part.error("the file has become shorter since it was opened")
+        self._check_size()
         read_ahead([entry.tensor for entry in info.entries.values()], f"layer {layer}", progress)
         leaves = {
-            leaf: _place(leaf, _host_array(entry), device_or_sharding)
+            leaf: _place(leaf, self._host_array(entry), device_or_sharding)
             for leaf, entry in info.entries.items()
         }
         assert info.config is not None
         return _assemble(leaves), info.config
+
+    def _check_size(self) -> None:
+        # A map of a file that has shrunk kills the process at the first touch.
+        for part in self._model.parts:
+            if os.stat(part.path).st_size < part.size:
+                raise part.error("the file has become shorter since it was opened")
 
     def _layer(self, index: int) -> GGUFLayer:
         for info in self.layers:
@@ -106,6 +152,25 @@ class GGUFFile:
         have = f"its MoE layers are {_ranges(indices)}" if indices else "it has no MoE layers"
         raise self._model.error(f"layer {index} is not a MoE layer; {have}")
 
+    def _host_array(self, entry: Entry) -> np.ndarray | PackedExperts:
+        """A leaf as a view of the memory map; small ones as float32 or int32."""
+        tensor, raw = entry.tensor, entry.tensor.bytes()
+        if tensor.ggml_type in BLOCK_FORMATS:
+            return PackedExperts(
+                raw.reshape(*entry.shape[:-1], -1),  # type: ignore[arg-type]
+                BLOCK_FORMATS[tensor.ggml_type],
+            )
+        if entry.num_ids is not None:
+            ids = raw.view("<i4").reshape(entry.shape)
+            if ids.min() < 0 or ids.max() >= entry.num_ids:
+                raise self._model.error(
+                    f"tensor {tensor.name!r} holds numbers that are not from 0 to "
+                    f"{entry.num_ids - 1}"
+                )
+            return ids
+        values = raw.view(DENSE_DTYPES[tensor.ggml_type]).reshape(entry.shape)
+        return values if entry.weight else values.astype(np.float32)
+
 
 def load_gguf(path: str | os.PathLike[str], layer: int) -> tuple[MoEParams, MoEConfig]:
     """The parameters and the configuration of one MoE layer of a GGUF file.
@@ -113,18 +178,6 @@ def load_gguf(path: str | os.PathLike[str], layer: int) -> tuple[MoEParams, MoEC
     The same as `GGUFFile(path).load(layer)`, which see; to load several layers, keep the GGUFFile.
     """
     return GGUFFile(path).load(layer)
-
-
-def _host_array(entry: Entry) -> np.ndarray | PackedExperts:
-    """A leaf as a view of the memory map; small ones as float32."""
-    tensor = entry.tensor
-    if tensor.ggml_type in BLOCK_FORMATS:
-        return PackedExperts(
-            tensor.bytes().reshape(*entry.shape[:-1], -1),  # type: ignore[arg-type]
-            BLOCK_FORMATS[tensor.ggml_type],
-        )
-    values = tensor.bytes().view(DENSE_DTYPES[tensor.ggml_type]).reshape(entry.shape)
-    return values if entry.weight else values.astype(np.float32)
 
 
 def _place(leaf: str, array: Any, target: jax.Device | jax.sharding.Sharding | None) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_moe._gguf.architectures import REQUIRED, Key
+from jax_moe._gguf.schema import REQUIRED, Key
 from jax_moe._gguf.split import Model
 
 

@@ -12,16 +12,19 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from jax_moe._block import MoEConfig
-from jax_moe._gguf.architectures import ARCHITECTURES, Architecture, Key
+from jax_moe._block_types import MoEConfig
+from jax_moe._gguf.architectures import ARCHITECTURES
 from jax_moe._gguf.entries import Entry, EntryReader
 from jax_moe._gguf.header import GGUFError, TensorInfo
 from jax_moe._gguf.keys import Keys, architecture_name
 from jax_moe._gguf.rules import Sizes, read_config, read_sizes
+from jax_moe._gguf.schema import Architecture, Key
 from jax_moe._gguf.split import Model
 
+MAX_LAYERS = 512  # llama.cpp's own limit
+
 _LAYER_TENSOR = re.compile(r"blk\.(\d{1,6})\.(.+)")
-_EXPERTS_TENSOR = re.compile(r"ffn_(gate|up|down|gate_up)_exps\..*")
+_EXPERTS_TENSOR = re.compile(r"ffn_((gate|up|down|gate_up)_exps\..*|gate_inp\.weight)")
 _PROJECTIONS = ("gate_up", "gate", "up", "down")
 
 
@@ -89,14 +92,14 @@ def _moe_layers(
         return []
     block_count = Key("block_count")
     count = keys.integer(block_count)
-    if count > len(keys.model.tensors):
-        raise keys.model.error(
-            f"{keys.name(block_count)} is {count}, but there are {len(keys.model.tensors)} tensors"
-        )
+    if count > MAX_LAYERS:
+        raise keys.model.error(f"{keys.name(block_count)} is {count}, more than {MAX_LAYERS}")
     has_experts = {i for i, names in tensors.items() if i < count and _has_experts(names)}
-    if row.layers == "tensors":
-        return sorted(has_experts)
     leading, step = keys.integer(row.leading_dense), keys.integer(row.step)
+    if row.layers == "tensors" or (row.layers == "seconds" and step == 0):
+        return sorted(has_experts)
+    if row.layers == "seconds":
+        return [i for i in range(count) if i % step == 1]
     if step < 1:
         raise keys.model.error(f"{keys.name(row.step)} is {step}, not a positive number")
     # Layers for multi-token prediction follow the model's own; some architectures' are dense.
@@ -121,11 +124,13 @@ def _read_layer(
         sizes = read_sizes(keys)
         reader = EntryReader(keys, sizes, tensors)
         reader.read(row)
-        config = read_config(keys, row, sizes)
+        config = read_config(keys, row, sizes, reader.entries)
         entries, d_expert = reader.entries, reader.d_expert
     except GGUFError as error:
         problem = str(error)
-    uses_shared = row is None or row.shared != "absent"
+    shared = "ffn_{}_shexp" if row is None else row.shared_tensors
+    if row is not None and row.shared == "absent":
+        shared = ""
     return GGUFLayer(
         index=keys.layer,
         architecture=architecture,
@@ -133,8 +138,8 @@ def _read_layer(
         top_k=sizes.top_k,
         d_model=sizes.d_model,
         d_expert=d_expert,
-        projections=_present(tensors, "exps"),
-        shared=_present(tensors, "shexp" if uses_shared else ""),
+        projections=_present(tensors, "ffn_{}_exps"),
+        shared=_present(tensors, shared),
         router="" if config is None else describe_router(config, sizes.num_experts, entries),
         config=config,
         problem=problem,
@@ -142,8 +147,8 @@ def _read_layer(
     )
 
 
-def _present(tensors: Mapping[str, TensorInfo], suffix: str) -> Mapping[str, TensorInfo]:
-    names = {projection: f"ffn_{projection}_{suffix}.weight" for projection in _PROJECTIONS}
+def _present(tensors: Mapping[str, TensorInfo], name: str) -> Mapping[str, TensorInfo]:
+    names = {projection: f"{name.format(projection)}.weight" for projection in _PROJECTIONS}
     return MappingProxyType(
         {projection: tensors[name] for projection, name in names.items() if name in tensors}
     )
@@ -151,7 +156,9 @@ def _present(tensors: Mapping[str, TensorInfo], suffix: str) -> Mapping[str, Ten
 
 def describe_router(config: MoEConfig, num_experts: int, entries: Mapping[str, Any]) -> str:
     """The routing rule in words, like "sigmoid, top 8 of 256, groups 4/8, normalized, x2.5"."""
-    parts = [config.gating, f"top {config.top_k} of {num_experts}"]
+    by_token = "token_to_experts" in entries
+    chosen = f"{config.top_k} of {num_experts}"
+    parts = [config.gating, f"{chosen} by token_ids" if by_token else f"top {chosen}"]
     if "router_bias" in entries:
         parts.append("router bias")
     if "selection_bias" in entries:
@@ -164,4 +171,8 @@ def describe_router(config: MoEConfig, num_experts: int, entries: Mapping[str, A
         parts.append(f"x{config.scale:g}")
     if config.weights_before:
         parts.append("weights before experts")
+    if config.experts_per_group > 1:
+        parts.append(f"then {num_experts // config.experts_per_group} chunk experts")
+    if config.router_reads != "x":
+        parts.append(f"reads router_input ({config.router_reads})")
     return ", ".join(parts)

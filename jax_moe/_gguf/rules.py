@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from jax_moe._block import MoEConfig
-from jax_moe._gguf.architectures import GATINGS, NO_LIMIT, REQUIRED, Architecture, Key
+from jax_moe._block_types import MoEConfig
 from jax_moe._gguf.keys import Keys
+from jax_moe._gguf.schema import GATINGS, NO_LIMIT, REQUIRED, UNGATED, Architecture, Key
 
 MAX_EXPERTS = 1024  # llama.cpp's own limit
 
@@ -41,9 +42,12 @@ def read_sizes(keys: Keys) -> Sizes:
     return Sizes(experts, top_k, keys.integer(Key("embedding_length")))
 
 
-def read_config(keys: Keys, row: Architecture, sizes: Sizes) -> MoEConfig:
-    groups, groups_used = _read_groups(keys, sizes)
+def read_config(keys: Keys, row: Architecture, sizes: Sizes, leaves: Collection[str]) -> MoEConfig:
+    """The configuration of a layer that has these leaves of MoEParams, like "experts.gate"."""
+    groups, groups_used = _read_groups(keys, row, sizes)
     activation, limit = _read_activation(keys, row.activation, row.limit)
+    if row.gate == "optional" and not {"experts.gate", "experts.gate_up"} & set(leaves):
+        activation, limit = UNGATED[activation], None
     shared_activation, shared_limit = _read_activation(keys, row.activation, row.shared_limit)
     betas = None
     if row.betas is not None:
@@ -55,13 +59,16 @@ def read_config(keys: Keys, row: Architecture, sizes: Sizes) -> MoEConfig:
         scale=keys.number(row.scale) or 1.0,
         num_groups=groups,
         num_groups_used=groups_used,
+        router_reads=row.router_reads,
         activation=activation,
         activation_limit=limit,
         activation_betas=betas,
         weights_before=row.weights_before,
         shared_activation=shared_activation,
         shared_activation_limit=shared_limit,
-        shared_average=row.shared_average,
+        sum_scale=row.sum_scale if "shared.down" in leaves else 1.0,
+        experts_per_group=1 if row.experts_per_group is None else read_group_size(keys, row, sizes),
+        chunk_scale=1.0 if row.chunk_scale is None else keys.number(row.chunk_scale),
         norm_eps=keys.number(_NORM_EPS),
     )
 
@@ -70,8 +77,13 @@ def _read_gating(keys: Keys, row: Architecture) -> str:
     if not isinstance(row.gating, Key):
         return row.gating
     number = keys.integer(Key(row.gating.name, 0))
-    if number in GATINGS:
+    if GATINGS.get(number) in row.gatings:
         return GATINGS[number]
+    if number in GATINGS:
+        raise keys.model.error(
+            f"{keys.name(row.gating)} is {number} ({GATINGS[number]}), and this architecture knows "
+            f"only {', '.join(row.gatings)}"
+        )
     if number:
         raise keys.model.error(f"{keys.name(row.gating)} is {number}, no known gating function")
     for size, gating in row.gating_by_size:
@@ -89,11 +101,26 @@ def _vocabulary_size(keys: Keys) -> int:
     return keys.integer(Key("vocab_size", 0))
 
 
-def _read_groups(keys: Keys, sizes: Sizes) -> tuple[int, int]:
+def read_group_size(keys: Keys, row: Architecture, sizes: Sizes) -> int:
+    """Routed experts for one chunk expert, where the architecture has chunk experts."""
+    size = keys.integer(row.experts_per_group)
+    if size < 1 or sizes.num_experts % size:
+        raise keys.model.error(
+            f"{keys.name(row.experts_per_group)} is {size}, not a divisor of the "
+            f"{sizes.num_experts} experts"
+        )
+    return size
+
+
+def _read_groups(keys: Keys, row: Architecture, sizes: Sizes) -> tuple[int, int]:
     """Groups of experts, and how many of them a token's experts may come from."""
     groups, experts = keys.integer(_GROUPS), sizes.num_experts
     if groups <= 1:
         return 1, 1
+    if not row.groups:
+        raise keys.model.error(
+            f"{keys.name(_GROUPS)} is {groups}, and this architecture's experts have no groups"
+        )
     used = keys.integer(_GROUPS_USED)
     if experts % groups or groups >= experts:
         raise keys.model.error(

@@ -7,6 +7,9 @@ import numpy as np
 
 from jax_moe._formats import DENSE_TYPES, FORMATS, BlockFormat
 
+# The ggml_type of tables of ids.
+INT32 = 26
+
 # Dense types that experts may have, by ggml_type.
 DENSE_DTYPES = {
     number: np.dtype(getattr(ml_dtypes, name, name)) for name, number in DENSE_TYPES.items()
@@ -20,7 +23,7 @@ _OTHERS = (
     BlockFormat("Q8_K", 15, 256, 292),
     BlockFormat("I8", 24, 1, 1),
     BlockFormat("I16", 25, 1, 2),
-    BlockFormat("I32", 26, 1, 4),
+    BlockFormat("I32", INT32, 1, 4),
     BlockFormat("I64", 27, 1, 8),
     BlockFormat("F64", 28, 1, 8),
     BlockFormat("BF16", 30, 1, 2),

@@ -1,0 +1,147 @@
+"""MoE: moe_block as a Flax Linen module. Needs Flax: `pip install 'jax_moe[flax]'`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_moe._block import MoEConfig, MoEParams, moe_block
+from jax_moe._gguf import GGUFFile
+from jax_moe._tree import expert_axes, from_tree, is_trainable, quantize_params, to_tree
+from jax_moe._variants import MoEVariant
+
+try:
+    from flax import linen as nn
+except ImportError as error:
+    raise ImportError("jax_moe.linen needs Flax: pip install 'jax_moe[flax]'") from error
+
+__all__ = ["MoE"]
+
+
+class MoE(nn.Module):
+    """A Mixture-of-Experts block.
+
+    Float arrays are in the collection "params" and integers in "packed": the blocks of packed
+    weights, and the table of a block that chooses experts by token id. The names are those of the
+    fields of `params`; a packed weight is a dict of one entry under the name of its format, as in
+    `variables["packed"]["experts"]["gate"]["Q4_K"]`. So a checkpoint names the format of each
+    weight, and nothing but `config` must be kept beside it. Nothing may cast "packed".
+
+    Attributes:
+      params: the block's tensors, which `init` returns as they are. Of abstract ones
+        (`jax.ShapeDtypeStruct`) it makes zeros, for a checkpoint's values to take their place.
+        `apply` looks at the shapes only.
+      config: the block's metadata.
+      expert_axis: a mesh axis, or logical axis: `init` boxes the variables of the routed experts in
+        `nn.Partitioned` with it.
+    """
+
+    params: MoEParams
+    config: MoEConfig
+    expert_axis: str | None = None
+
+    @classmethod
+    def from_gguf(
+        cls,
+        file: GGUFFile | str | os.PathLike[str],
+        layer: int,
+        device_or_sharding: jax.Device | jax.sharding.Sharding | None = None,
+        **attributes: Any,
+    ) -> MoE:
+        """One MoE layer of a GGUF file; arguments and errors as in `GGUFFile.load`.
+
+        To make several layers pass the same `GGUFFile`: its header is then read once.
+        """
+        if not isinstance(file, GGUFFile):
+            file = GGUFFile(file)
+        return cls(*file.load(layer, device_or_sharding), **attributes)
+
+    @classmethod
+    def from_floats(
+        cls, params: MoEParams, config: MoEConfig, format: Any, **attributes: Any
+    ) -> MoE:
+        """Packs the weights of a float checkpoint; runs on the host, outside `jax.jit`.
+
+        Args:
+          params: weights are float arrays `[E, N, K]`, outputs before inputs.
+          format: a block format for all expert weights and latent projections, or a mapping from
+            names like "experts.down" to formats; weights it does not name stay floats.
+          config, attributes: as in `MoE`.
+
+        Raises: as `jax_moe.quantize`.
+        """
+        return cls(quantize_params(params, format), config, **attributes)
+
+    @classmethod
+    def from_variables(
+        cls, variables: Mapping[str, Any], config: MoEConfig, **attributes: Any
+    ) -> MoE:
+        """The module, with abstract `params`, whose variables these are.
+
+        Raises: ValueError for a name that does not belong to a MoE block, or a missing one.
+        """
+        variables = nn.unbox(variables)
+        tree = _merge(variables.get("params", {}), variables.get("packed", {}))
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+        return cls(from_tree(shapes), config, **attributes)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        *,
+        router_input: Array | None = None,
+        token_ids: Array | None = None,
+        variant: MoEVariant | None = None,
+        implementation: str | None = None,
+    ) -> Array:
+        """`moe_block` of x `[..., H]`; gradients need `implementation="reference"`."""
+        tree = to_tree(self.params)
+        floats = {
+            name: self.param(name, lambda _, name=name, node=node: self._initial((name,), node))
+            for name, node in _select(tree, trainable=True).items()
+        }
+        integers = {
+            name: self.variable("packed", name, self._initial, (name,), node).value
+            for name, node in _select(tree, trainable=False).items()
+        }
+        return moe_block(
+            from_tree(_merge(floats, integers)),
+            x,
+            self.config,
+            router_input=router_input,
+            token_ids=token_ids,
+            variant=variant,
+            implementation=implementation,
+        )
+
+    def _initial(self, path: tuple[str, ...], node: Any) -> Any:
+        if isinstance(node, dict):
+            return {name: self._initial((*path, name), child) for name, child in node.items()}
+        abstract = isinstance(node, jax.ShapeDtypeStruct)
+        value = jnp.zeros(node.shape, node.dtype) if abstract else node
+        axes = self.expert_axis and expert_axes(path, len(node.shape), self.expert_axis)
+        return nn.Partitioned(value, axes) if axes else value
+
+
+def _select(tree: Mapping[str, Any], trainable: bool) -> dict[str, Any]:
+    """The part of a tree with the leaves that are, or are not, floats."""
+    selected: dict[str, Any] = {}
+    for name, node in tree.items():
+        if isinstance(node, Mapping):
+            if children := _select(node, trainable):
+                selected[name] = children
+        elif bool(is_trainable(node)) is trainable:
+            selected[name] = node
+    return selected
+
+
+def _merge(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+    """Both trees in one: a name in both is a dict in both."""
+    shared = {name: _merge(a[name], b[name]) for name in a.keys() & b.keys()}
+    return {**a, **b, **shared}
