@@ -116,9 +116,7 @@ class _Layer:
         self.gate = self._weights(experts, d_expert, d_model)
         self.up = self._weights(experts, d_expert, d_model)
         self.down = self._weights(experts, d_model, d_expert)
-        packed = (
-            PackedExperts(jax.device_put(w), format) for w in (self.gate, self.up, self.down)
-        )
+        packed = (PackedExperts(jax.device_put(w), format) for w in (self.gate, self.up, self.down))
         gate, up, down = packed
         self.experts = Experts(gate=gate, up=up, down=down)
 
@@ -184,14 +182,19 @@ def _measure(layer: _Layer, tokens: int, options: argparse.Namespace) -> dict[st
         run(0)  # compiles
     if ggml is not None:
         _check_agreement(contenders["scalar_gguf"](0), ggml, weights)
+        ggml.pause()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     until = time.perf_counter() + options.seconds
     repetition = 0
     while time.perf_counter() < until or repetition < 3:
         for name, run in contenders.items():
+            if ggml is not None and name == "ggml":
+                ggml.resume()
             start = time.perf_counter()
             run(repetition % _ROUTINGS)
             times[name].append(time.perf_counter() - start)
+            if ggml is not None and name == "ggml":
+                ggml.pause()
         repetition += 1
     if ggml is not None:
         ggml.close()

@@ -51,6 +51,9 @@ def _libraries() -> _libggml.Libraries:
     cpu.ggml_graph_compute.argtypes = [pointer, ctypes.POINTER(_Plan)]
     cpu.ggml_threadpool_new.restype = pointer
     cpu.ggml_threadpool_new.argtypes = [pointer]
+    for name in ("ggml_threadpool_pause", "ggml_threadpool_resume"):
+        getattr(cpu, name).restype = None
+        getattr(cpu, name).argtypes = [pointer]
     cpu.ggml_threadpool_free.restype = None
     cpu.ggml_threadpool_free.argtypes = [pointer]
     cpu.ggml_cpu_init()
@@ -137,6 +140,14 @@ class GgmlFfn:
         status = _libraries().cpu.ggml_graph_compute(self._graph, ctypes.byref(self._plan))
         if status != 0:
             raise RuntimeError(f"ggml_graph_compute returned {status}")
+
+    def pause(self) -> None:
+        """Puts ggml's threads to sleep: between runs they poll, and would take others' time."""
+        _libraries().cpu.ggml_threadpool_pause(self._pool)
+
+    def resume(self) -> None:
+        """Wakes ggml's threads, so that the next run finds them polling."""
+        _libraries().cpu.ggml_threadpool_resume(self._pool)
 
     def close(self) -> None:
         """Frees what ggml holds; `result` is gone."""

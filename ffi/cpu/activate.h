@@ -1,5 +1,6 @@
 // From the sums of the gate and up projections to the hidden activations. Branch-free where it can
-// be, so that loops over weight rows vectorise. Comparisons are written so that a NaN passes through.
+// be, so that loops over weight rows vectorise. Comparisons are written so that a NaN passes
+// through.
 #pragma once
 
 
@@ -84,8 +85,9 @@ void ActivateTile(const ActivateArgs& args) {
     float h[kPanelRows];
     const float factor = args.token_factor[t];
     for (int r = 0; r < kPanelRows; ++r) {
-      const float g = kGated ? args.gate[t * kPanelRows + r] * factor * args.gate_scale + gate_bias[r] : 0.0f;
-      const float u = args.up[t * kPanelRows + r] * factor * args.up_scale + up_bias[r];
+      const int i = t * kPanelRows + r;
+      const float g = kGated ? args.gate[i] * factor * args.gate_scale + gate_bias[r] : 0.0f;
+      const float u = args.up[i] * factor * args.up_scale + up_bias[r];
       h[r] = Activate<kActivation>(g, u, args);
     }
     std::memcpy(args.h[t], h, sizeof(float) * static_cast<size_t>(args.rows));

@@ -7,6 +7,9 @@
 #include "ffi/blocks/formats.h"
 #include "ffi/cpu/convert.h"
 #include "ffi/cpu/decode_simd.h"
+#include "ffi/cpu/decode_simd_iq.h"
+#include "ffi/cpu/decode_simd_k.h"
+#include "ffi/cpu/decode_simd_small.h"
 #include "ffi/cpu/kernels.h"
 
 namespace jax_moe::cpu {

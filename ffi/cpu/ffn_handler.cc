@@ -20,7 +20,8 @@ ffi::Error Ffn(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer expert_ids
                 "unknown activation " + std::to_string(activation));
   const bool gated = args.activation < Activation::kSilu;
   check.Require(gated == (gate_format >= 0), "gate must be given for a gated activation only");
-  check.Require((gated && args.merged) == (up_format < 0), "up must be given unless gate is merged");
+  check.Require((gated && args.merged) == (up_format < 0),
+                "up must be given unless gate is merged");
   check.Require(x.dimensions().size() == 2, "x has shape " + ShapeText(x) + ", expected rank 2");
   check.Require(expert_ids.dimensions().size() == 2,
                 "expert_ids has shape " + ShapeText(expert_ids) + ", expected rank 2");
@@ -65,7 +66,7 @@ ffi::Error Ffn(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer expert_ids
                                 packed(down, down_format)),
                 "variant SCALAR_GGUF takes packed weights");
   check.RequireWorkspace(
-      *workspace, plan::FfnWorkspace({args.top_k, experts, d_model, d_expert}).Bytes(args.tokens));
+      *workspace, plan::CpuFfnWorkspace({args.top_k, experts, d_model, d_expert}).Bytes(args.tokens));
   if (!check.ok()) return check.error();
 
   args.x = x.untyped_data();

@@ -13,7 +13,9 @@ namespace jax_moe::cpu {
 class ScopedIeeeFloat {
  public:
 #if defined(__x86_64__)
-  ScopedIeeeFloat() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ & ~(kFlushToZero | kDenormalsAreZero)); }
+  ScopedIeeeFloat() : saved_(_mm_getcsr()) {
+    _mm_setcsr(saved_ & ~(kFlushToZero | kDenormalsAreZero));
+  }
   ~ScopedIeeeFloat() { _mm_setcsr(saved_); }
 #elif defined(__aarch64__)
   ScopedIeeeFloat() {

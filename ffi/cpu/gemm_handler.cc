@@ -48,7 +48,7 @@ ffi::Error Gemm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
   check.Require(!args.round || weight.element_type() == ffi::DataType::U8,
                 "variant SCALAR_GGUF takes packed weights");
   check.RequireWorkspace(*workspace,
-                         plan::GemmWorkspace({top_k, args.weight.experts, args.weight.n,
+                         plan::CpuGemmWorkspace({top_k, args.weight.experts, args.weight.n,
                                               args.weight.k, args.rows_are_pairs})
                              .Bytes(args.tokens));
   if (!check.ok()) return check.error();

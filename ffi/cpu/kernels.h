@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "ffi/plan/plan.h"
+#include "ffi/plan/cpu.h"
 #include "ffi/targets.h"
 
 namespace jax_moe::cpu {
@@ -18,10 +18,24 @@ inline constexpr int kFloatChunk = 512; // the same, as floats
 inline constexpr int kTokenTile = 128;  // tokens of a result tile
 
 // Bytes of one prepared activation row, float or quantised.
-inline constexpr int64_t RowBytes(int64_t k) { return 4 * plan::PaddedRow(k); }
+inline constexpr int64_t RowBytes(int64_t k) {
+  return 4 * plan::PaddedRow(k) + plan::PaddedRow(k) / 2;
+}
 
-// An activation row rounded to q8_1: 32 values share d = amax / 127 and are q * d. All arrays lie in
-// the RowBytes(k) bytes of one record.
+// An activation row in float32, and its sums over 16 and over 32 elements.
+struct FloatRow {
+  FloatRow(void* record, int64_t k) {
+    x = static_cast<float*>(record);
+    sum16 = x + plan::PaddedRow(k);
+    sum32 = sum16 + plan::PaddedRow(k) / 16;
+  }
+  float* x;      // [K]
+  float* sum16;  // [K / 16]
+  float* sum32;  // [K / 32]
+};
+
+// An activation row rounded to q8_1: 32 values share d = amax / 127 and are q * d. All arrays lie
+// in the RowBytes(k) bytes of one record.
 struct QuantizedRow {
   QuantizedRow(void* record, int64_t k) {
     const int64_t padded = plan::PaddedRow(k);
@@ -42,7 +56,8 @@ struct QuantizedRow {
   float* sum32;     // [K / 32]
 };
 
-// Decoded weights: rows of integers, scales and offsets of their groups, and what the kernels derive.
+// Decoded weights: rows of integers, scales and offsets of their groups, and what the kernels
+// derive.
 struct alignas(64) Panel {
   int8_t q[kPanelRows][kChunk];
   float scale[kPanelRows][kChunk / 16];
@@ -65,12 +80,13 @@ struct Weights {
 };
 
 // Decodes `count` weights of each of `rows` rows, row_bytes apart.
-using DecodeFn = void (*)(const uint8_t* data, int64_t row_bytes, int rows, int count, Panel* panel);
+using DecodeFn = void (*)(const uint8_t* data, int64_t row_bytes, int rows, int count,
+                          Panel* panel);
 
 struct Format;
 
-// sums[t * kPanelRows + r] += rows[r] . x[t], for the panel's rows and `tokens` prepared activation rows.
-// x[t] is a float row or a QuantizedRow record of length k; the product takes elements
+// sums[t * kPanelRows + r] += rows[r] . x[t], for the panel's rows and `tokens` prepared activation
+// rows. x[t] is the record of a FloatRow or a QuantizedRow of length k; the product takes elements
 // begin .. begin + count - 1, which are the decoded ones.
 struct MultiplyArgs {
   Panel* panel;
@@ -83,8 +99,8 @@ struct MultiplyArgs {
   float* sums;
 };
 
-// The same for at most four packed rows, row_bytes apart, by at most Kernels::few_tokens q8_1 rows
-// of length k, a multiple of 256, without a panel.
+// The same for packed rows, row_bytes apart, and activation rows of length k, a multiple of 256.
+// The panel serves as scratch.
 using MultiplyPackedFn = void (*)(const uint8_t* data, int64_t row_bytes, const MultiplyArgs& args);
 
 struct Format {
@@ -94,7 +110,9 @@ struct Format {
   int group = 0;       // weights that share a scale; 0: dense
   bool has_offset = false;
   DecodeFn decode = nullptr;  // to integers; dense: to Panel::values
-  MultiplyPackedFn multiply_packed = nullptr;  // null where there is none
+  // For at most Kernels::few_tokens q8_1 rows, and for one float row; null where there is none.
+  MultiplyPackedFn multiply_packed_quantized = nullptr;
+  MultiplyPackedFn multiply_packed_float = nullptr;
 };
 
 // h[t] = act(gate, up) for one tile of sums; see FfnArgs for the meaning of the members.
@@ -127,7 +145,8 @@ struct Kernels {
   void (*store)(const float* a, int64_t n, int dense_type, void* out);
 };
 
-// The best table that this machine runs; JAX_MOE_ISA=baseline|avx2|avx512 in the environment lowers it.
+// The best table that this machine runs; JAX_MOE_ISA=baseline|avx2|avx512 in the environment lowers
+// it.
 const Kernels& SelectKernels();
 
 const Kernels& BaselineKernels();

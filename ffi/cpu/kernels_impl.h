@@ -15,12 +15,12 @@ namespace {
 
 const Format* FindFormat(int type) {
   static constexpr Format kFormats[] = {
-      {kF32, 1, 4, 0, false, DecodeDense<kF32>, nullptr},
-      {kF16, 1, 2, 0, false, DecodeDense<kF16>, nullptr},
-      {kBF16, 1, 2, 0, false, DecodeDense<kBF16>, nullptr},
-#define JAX_MOE_FORMAT(F)                                                                 \
-  {F::kType,      F::kBlock,     F::kBytes,          F::kGroup, \
-   F::kHasOffset, DecodeRows<F>, PackedFunction<F>()},
+      {kF32, 1, 4, 0, false, DecodeDense<kF32>, nullptr, nullptr},
+      {kF16, 1, 2, 0, false, DecodeDense<kF16>, nullptr, nullptr},
+      {kBF16, 1, 2, 0, false, DecodeDense<kBF16>, nullptr, nullptr},
+#define JAX_MOE_FORMAT(F)                                                                  \
+  {F::kType,      F::kBlock,     F::kBytes,                F::kGroup,                 \
+   F::kHasOffset, DecodeRows<F>, PackedFunction<F>(true), PackedFunction<F>(false)},
       JAX_MOE_FORMATS(JAX_MOE_FORMAT)
 #undef JAX_MOE_FORMAT
   };

@@ -1,9 +1,11 @@
-// Packed weight rows times q8_1 rows in one pass, for few tokens: the decoded weights never leave the
-// registers. AVX-512 only, and only for the formats that models use most; all others go through a
-// Panel, and so do these for many tokens. The integers, scales and offsets are the decoders'.
+// Packed weight rows times activation rows in one pass, for few tokens: the decoded weights never
+// leave the registers. AVX-512 only, and only for the formats that models use most; all others go
+// through a Panel, and so do these for many tokens. The integers, scales and offsets are the
+// decoders'.
 #pragma once
 
 #include "ffi/cpu/decode_simd.h"
+#include "ffi/cpu/decode_simd_k.h"
 #include "ffi/cpu/kernels.h"
 #include "ffi/cpu/multiply_quantized.h"
 #include "ffi/cpu/simd.h"
@@ -136,18 +138,15 @@ struct PackedBlock<MXFP4> {
   }
 };
 
-// kTokens quantised rows by four packed rows of 256 * blocks weights, row_bytes apart.
+// kTokens quantised rows by at most four packed rows, row_bytes apart.
 template <typename F, int kTokens>
-void PackedTile(const uint8_t* data, int64_t row_bytes, const MultiplyArgs& args) {
+void PackedTile(const uint8_t* data, int64_t row_bytes, const MultiplyArgs& args, int first_row) {
   using Block = PackedBlock<F>;
   constexpr int kGroup = F::kGroup;
-  const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-  const __m512i lane_group = _mm512_srli_epi32(
-      _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), kGroup == 16 ? 2 : 3);
   const int64_t blocks = args.k / 256;
   Vec total[kTokens][4] = {};
-  for (int r = 0; r < args.rows; ++r) {
-    const uint8_t* block = data + r * row_bytes;
+  for (int r = 0; r < 4 && first_row + r < args.rows; ++r) {
+    const uint8_t* block = data + (first_row + r) * row_bytes;
     __m512 sum[kTokens][2], offset_sum[kTokens];
     for (int t = 0; t < kTokens; ++t) {
       sum[t][0] = sum[t][1] = offset_sum[t] = _mm512_setzero_ps();
@@ -161,9 +160,7 @@ void PackedTile(const uint8_t* data, int64_t row_bytes, const MultiplyArgs& args
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {
         const QuantizedRow row(args.x[t], args.k);
-        __m512 d = _mm512_zextps256_ps512(_mm256_loadu_ps(row.d + 8 * b));
-        if constexpr (kGroup == 16) d = _mm512_permutexvar_ps(twice, d);
-        scaled[t] = _mm512_mul_ps(scale, d);
+        scaled[t] = _mm512_mul_ps(scale, LoadActivationScales<kGroup>(row.d + 8 * b));
         if constexpr (F::kHasOffset) {
           const float* sums = kGroup == 16 ? row.sum16 + 16 * b : row.sum32 + 8 * b;
           offset_sum[t] = _mm512_fmadd_ps(offset, LoadGroups<kGroup>(sums), offset_sum[t]);
@@ -172,7 +169,7 @@ void PackedTile(const uint8_t* data, int64_t row_bytes, const MultiplyArgs& args
 #pragma GCC unroll 4
       for (int j = 0; j < 4; ++j) {
         const __m512i w = Block::Weights(block, j);
-        const __m512i group = _mm512_add_epi32(lane_group, _mm512_set1_epi32(64 / kGroup * j));
+        const __m512i group = GroupOfLane<kGroup>(j);
 #pragma GCC unroll 4
         for (int t = 0; t < kTokens; ++t) {
           const QuantizedRow row(args.x[t], args.k);
@@ -190,25 +187,109 @@ void PackedTile(const uint8_t* data, int64_t row_bytes, const MultiplyArgs& args
       total[t][r] = Vec(_mm512_add_ps(_mm512_add_ps(sum[t][0], sum[t][1]), offset_sum[t]));
     }
   }
-  for (int t = 0; t < kTokens; ++t) AddSums(total[t], args.sums + t * kPanelRows);
+  for (int t = 0; t < kTokens; ++t) AddSums(total[t], args.sums + t * kPanelRows + first_row);
 }
 
 template <typename F>
 void MultiplyPacked(const uint8_t* data, int64_t row_bytes, const MultiplyArgs& args) {
-  switch (args.tokens) {
-    case 1: return PackedTile<F, 1>(data, row_bytes, args);
-    case 2: return PackedTile<F, 2>(data, row_bytes, args);
-    default: return PackedTile<F, 3>(data, row_bytes, args);
+  for (int r = 0; r < args.rows; r += 4) {
+    switch (args.tokens) {
+      case 1: PackedTile<F, 1>(data, row_bytes, args, r); break;
+      case 2: PackedTile<F, 2>(data, row_bytes, args, r); break;
+      default: PackedTile<F, 3>(data, row_bytes, args, r); break;
+    }
+  }
+}
+
+// Byte n of word i of 64 weights is weight 4 i + n. It is cheapest to make a float where it stands,
+// as a multiple of 256^n: out[n][i] = x[4 i + n] / 256^n takes that out again, exactly. The last
+// byte is shifted down, because its place holds the sign.
+inline void SpreadForBytes(const float* x, int64_t count, float* out) {
+  const __m512i in_order =
+      _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  for (int64_t i = 0; i < count; i += 64) {
+    __m512 a[4], b[4];
+    for (int m = 0; m < 4; ++m) a[m] = _mm512_loadu_ps(x + i + 16 * m);
+    // Four by four transpositions in every 128-bit lane.
+    b[0] = _mm512_unpacklo_ps(a[0], a[1]);
+    b[1] = _mm512_unpackhi_ps(a[0], a[1]);
+    b[2] = _mm512_unpacklo_ps(a[2], a[3]);
+    b[3] = _mm512_unpackhi_ps(a[2], a[3]);
+    a[0] = _mm512_shuffle_ps(b[0], b[2], 0x44);
+    a[1] = _mm512_shuffle_ps(b[0], b[2], 0xee);
+    a[2] = _mm512_shuffle_ps(b[1], b[3], 0x44);
+    a[3] = _mm512_shuffle_ps(b[1], b[3], 0xee);
+    const float unit[4] = {1.0f, 0x1p-8f, 0x1p-16f, 1.0f};
+    for (int n = 0; n < 4; ++n) {
+      _mm512_storeu_ps(out + i + 16 * n, _mm512_mul_ps(_mm512_permutexvar_ps(in_order, a[n]),
+                                                       _mm512_set1_ps(unit[n])));
+    }
+  }
+}
+
+// One float row by packed rows.
+template <typename F>
+void MultiplyPackedFloat(const uint8_t* data, int64_t row_bytes, const MultiplyArgs& args) {
+  using Block = PackedBlock<F>;
+  constexpr int kGroup = F::kGroup;
+  constexpr int64_t kMost = kPanelRows * kFloatChunk;
+  float* spread = args.panel->values[0];
+  const FloatRow row(args.x[0], args.k);
+  const float* group_sum = kGroup == 16 ? row.sum16 : row.sum32;
+  for (int64_t begin = 0; begin < args.k; begin += kMost) {
+    const int64_t count = args.k - begin < kMost ? args.k - begin : kMost;
+    SpreadForBytes(row.x + begin, count, spread);
+    for (int first = 0; first < args.rows; first += 4) {
+      Vec total[4] = {};
+      for (int r = 0; r < 4 && first + r < args.rows; ++r) {
+        const uint8_t* block = data + (first + r) * row_bytes + begin / 256 * Block::kBytes;
+        __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        __m512 offset_sum = _mm512_setzero_ps();
+        for (int64_t i = 0; i < count; i += 256, block += Block::kBytes) {
+#pragma GCC unroll 5
+          for (int line = 0; line < Block::kBytes; line += 64) {
+            __builtin_prefetch(block + 4096 + line);
+          }
+          __m512 scale, offset;
+          Block::Groups(block, &scale, &offset);
+          if constexpr (F::kHasOffset) {
+            const __m512 sums = LoadGroups<kGroup>(group_sum + (begin + i) / kGroup);
+            offset_sum = _mm512_fmadd_ps(offset, sums, offset_sum);
+          }
+#pragma GCC unroll 4
+          for (int j = 0; j < 4; ++j) {
+            const __m512i w = Block::Weights(block, j);
+            __m512 part = _mm512_setzero_ps();
+#pragma GCC unroll 4
+            for (int n = 0; n < 4; ++n) {
+              const __m512i byte = n == 3 ? _mm512_srli_epi32(w, 24)
+                                          : _mm512_and_si512(w, _mm512_set1_epi32(255 << 8 * n));
+              __m512 value = _mm512_cvtepi32_ps(byte);
+              if constexpr (Block::kBiased) {
+                value = _mm512_sub_ps(value, _mm512_set1_ps(n == 3 ? 128.0f : 128 << 8 * n));
+              }
+              part = _mm512_fmadd_ps(value, _mm512_loadu_ps(spread + i + 64 * j + 16 * n), part);
+            }
+            sum[j % 2] = _mm512_fmadd_ps(
+                part, _mm512_permutexvar_ps(GroupOfLane<kGroup>(j), scale), sum[j % 2]);
+          }
+        }
+        total[r] = Vec(_mm512_add_ps(_mm512_add_ps(sum[0], sum[1]), offset_sum));
+      }
+      AddSums(total, args.sums + first);
+    }
   }
 }
 
 #endif  // __AVX512VNNI__
 
-// The function for a format, or null.
+// The functions for a format, or null.
 template <typename F>
-constexpr MultiplyPackedFn PackedFunction() {
+constexpr MultiplyPackedFn PackedFunction([[maybe_unused]] bool round) {
 #if defined(__AVX512VNNI__)
-  if constexpr (PackedBlock<F>::kAvailable) return MultiplyPacked<F>;
+  if constexpr (PackedBlock<F>::kAvailable) {
+    return round ? MultiplyPacked<F> : MultiplyPackedFloat<F>;
+  }
 #endif
   return nullptr;
 }

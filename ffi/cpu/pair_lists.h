@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "ffi/plan/plan.h"
+#include "ffi/plan/cpu.h"
 
 namespace jax_moe::cpu {
 

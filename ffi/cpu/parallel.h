@@ -1,9 +1,9 @@
 // Phases of tasks on a thread pool that is never blocked.
 //
 // A handler runs on a thread of the pool that it schedules on, so waiting for a job that has not
-// started can wait for ever. Here the caller works through every task itself if it must; helper jobs
-// join in when the pool gets to them. A participant waits only at the end of a phase, where every
-// task has been taken by a thread that is running it.
+// started can wait for ever. Here the caller works through every task itself if it must; helper
+// jobs join in when the pool gets to them. A participant waits only at the end of a phase, where
+// every task has been taken by a thread that is running it.
 #pragma once
 
 #include <algorithm>
@@ -79,7 +79,8 @@ struct SharedPhases {
 
 }  // namespace internal
 
-// Runs the phases in order and returns when the last has ended. `parallel` false: on this thread only.
+// Runs the phases in order and returns when the last has ended. `parallel` false: on this thread
+// only.
 inline void RunPhases(const Executor& executor, const std::vector<Phase>& phases, bool parallel) {
   if (!parallel || executor.threads <= 1 || !executor.schedule) {
     ScopedIeeeFloat ieee;

@@ -30,15 +30,19 @@ inline void Project(const Kernels& kernels, const Format& format, const Weights&
                     int64_t expert, int64_t row, int rows, int tokens, void* const* x, bool round,
                     Panel* panel, float* sums) {
   std::memset(sums, 0, sizeof(float) * static_cast<size_t>(tokens) * kPanelRows);
-  const bool packed = round && tokens <= kernels.few_tokens && weight.k % 256 == 0 &&
-                      format.multiply_packed != nullptr;
-  const int step = tokens <= kernels.few_tokens ? 4 : kPanelRows;
+  MultiplyPackedFn packed = nullptr;
+  if (weight.k % 256 == 0) {
+    if (round && tokens <= kernels.few_tokens) packed = format.multiply_packed_quantized;
+    if (!round && tokens == 1) packed = format.multiply_packed_float;
+  }
+  const int step = tokens <= kernels.few_tokens && packed == nullptr ? 4 : kPanelRows;
   const int chunk = format.group == 0 ? kFloatChunk : kChunk;
   for (int r = 0; r < rows; r += step) {
     const uint8_t* data = weight.Row(expert, row + r);
-    MultiplyArgs args{panel, &format, std::min(step, rows - r), tokens, x, weight.k, 0, 0, sums + r};
-    if (packed) {
-      format.multiply_packed(data, weight.row_bytes, args);
+    const int count = std::min(step, rows - r);
+    MultiplyArgs args{panel, &format, count, tokens, x, weight.k, 0, 0, sums + r};
+    if (packed != nullptr) {
+      packed(data, weight.row_bytes, args);
       continue;
     }
     for (; args.begin < weight.k; args.begin += chunk) {

@@ -1,4 +1,5 @@
-// Activation rows: from any element type to scaled float32 or q8_1, and results to any element type.
+// Activation rows: from any element type to scaled float32 or q8_1, and results to any element
+// type.
 #pragma once
 
 
@@ -88,9 +89,19 @@ float PrepareRow(const void* row, int64_t k, bool round, void* record) {
     std::memset(v, 0, sizeof(v));
     for (int64_t g = k / 32; g < padded / 32; ++g) QuantizeGroup(v, out, g);
   } else {
-    float* out = static_cast<float*>(record);
-    for (int64_t i = 0; i < k; ++i) out[i] = LoadElement<kType>(row, i) * half * rest;
-    std::memset(out + k, 0, sizeof(float) * static_cast<size_t>(padded - k));
+    const FloatRow out(record, k);
+    for (int64_t i = 0; i < k; ++i) out.x[i] = LoadElement<kType>(row, i) * half * rest;
+    std::memset(out.x + k, 0, sizeof(float) * static_cast<size_t>(padded - k));
+    for (int64_t g = 0; g < padded / 32; ++g) {
+      float sums[2] = {};
+      for (int i = 0; i < 16; ++i) {
+        sums[0] += out.x[32 * g + i];
+        sums[1] += out.x[32 * g + 16 + i];
+      }
+      out.sum16[2 * g] = sums[0];
+      out.sum16[2 * g + 1] = sums[1];
+      out.sum32[g] = sums[0] + sums[1];
+    }
   }
   return __builtin_ldexpf(1.0f, exponent);
 }

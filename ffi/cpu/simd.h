@@ -21,7 +21,8 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 
-// GCC's and Clang's vector extension: arithmetic lane by lane, contracted to FMA where there is one.
+// GCC's and Clang's vector extension: arithmetic lane by lane, contracted to FMA where there is
+// one.
 typedef float Vec __attribute__((vector_size(4 * kLanes)));
 
 JM_HD Vec Load(const float* p) {

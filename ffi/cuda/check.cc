@@ -22,7 +22,8 @@ ffi::Error Invalid(const std::string& op, const std::string& what) {
 
 ffi::Error CudaError(const std::string& op, cudaError_t status) {
   if (status == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(op + ": " + cudaGetErrorName(status) + ": " + cudaGetErrorString(status));
+  return ffi::Error::Internal(op + ": " + cudaGetErrorName(status) + ": " +
+                              cudaGetErrorString(status));
 }
 
 std::optional<Element> ElementOf(ffi::DataType type) {
@@ -47,13 +48,18 @@ ffi::ErrorOr<Weight> ReadWeight(const std::string& op, const char* name,
   };
   const auto dims = buffer.dimensions();
   if (dims.size() != 3) return fail("must have three dimensions, not " + ShapeOf(buffer));
-  Weight weight = {static_cast<const uint8_t*>(buffer.untyped_data()), format, false,
-                   dims[0], dims[1], dims[2], 0};
+  Weight weight = {static_cast<const uint8_t*>(buffer.untyped_data()),
+                   format,
+                   false,
+                   dims[0],
+                   dims[1],
+                   dims[2],
+                   0};
   if (const PackedFormat* packed = FindPackedFormat(format)) {
     if (buffer.element_type() != ffi::DataType::U8) return fail("must be uint8 blocks");
     if (dims[2] % packed->block_bytes != 0) {
-      return fail("has rows of " + std::to_string(dims[2]) + " bytes, not a multiple of the block's " +
-                  std::to_string(packed->block_bytes));
+      return fail("has rows of " + std::to_string(dims[2]) +
+                  " bytes, not a multiple of the block's " + std::to_string(packed->block_bytes));
     }
     weight.packed = true;
     weight.row_bytes = dims[2];
@@ -72,8 +78,11 @@ ffi::ErrorOr<Weight> ReadWeight(const std::string& op, const char* name,
   return weight;
 }
 
-Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant) {
-  if (weight.packed) return variant == Variant::kScalarGguf ? Layout::kS8Lanes : Layout::kF16Lanes;
+Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant, plan::CudaTile tile) {
+  if (weight.packed) {
+    if (variant == Variant::kScalarGguf) return Layout::kS8Lanes;
+    return tile == plan::CudaTile::kVector ? Layout::kPlanes : Layout::kF16Lanes;
+  }
   switch (static_cast<Element>(weight.format)) {
     case Element::kF16:
       return Layout::kF16;
@@ -88,13 +97,16 @@ Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant) {
 GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile) {
   if (!weight.packed) {
     const DenseKernels* kernels = FindDenseKernels(static_cast<Element>(weight.format), layout);
-    return tile == plan::CudaTile::kNarrow ? kernels->narrow : kernels->wide;
+    const bool few = tile == plan::CudaTile::kVector || tile == plan::CudaTile::kNarrow;
+    return few ? kernels->narrow : kernels->wide;
   }
   const PackedKernels& kernels = FindPackedFormat(weight.format)->kernels;
   if (layout == Layout::kS8Lanes) return kernels.narrow_s8;
+  if (layout == Layout::kPlanes) return kernels.vector;
   const int limit = SharedMemoryLimit();
   if (tile == plan::CudaTile::kWide && kernels.wide.shared_bytes <= limit) return kernels.wide;
-  if (tile != plan::CudaTile::kNarrow && kernels.medium.shared_bytes <= limit) return kernels.medium;
+  if (tile != plan::CudaTile::kNarrow && kernels.medium.shared_bytes <= limit)
+    return kernels.medium;
   return kernels.narrow;
 }
 

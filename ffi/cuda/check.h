@@ -53,7 +53,7 @@ ffi::ErrorOr<Weight> ReadWeight(const std::string& op, const char* name,
                                 const ffi::AnyBuffer& buffer, int format);
 
 // How the activations x of a product with `weight` are prepared.
-Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant);
+Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant, plan::CudaTile tile);
 
 // The kernel for a product, given the device's shared memory.
 GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile);
@@ -61,7 +61,8 @@ GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile
 // Lets all kernels for weights of `format` use their shared memory, as far as the device has it.
 cudaError_t ConfigureFormat(int format);
 
-// cp.async and 16-byte loads need aligned operands; XLA aligns its buffers to 256 bytes or 16 at least.
+// cp.async and 16-byte loads need aligned operands; XLA aligns its buffers to 256 bytes or 16 at
+// least.
 bool IsAligned(const void* data);
 
 }  // namespace jax_moe::cuda

@@ -7,8 +7,8 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__global__ void __launch_bounds__(kThreads) Combine(const __grid_constant__ CombineArgs args,
-                                                    int64_t blocks_a_token) {
+__global__ void __launch_bounds__(kThreads)
+    Combine(const __grid_constant__ CombineArgs args, int64_t blocks_a_token) {
   const int64_t token = blockIdx.x / blocks_a_token;
   const int64_t column = blockIdx.x % blocks_a_token * kThreads + threadIdx.x;
   if (column >= args.columns) return;

@@ -10,16 +10,16 @@
 
 namespace jax_moe::cuda {
 
-// y[t] = sum over slots s, in order, of weight[t, s] * (values[p] * scale[e] + bias[e]), p = t * top_k + s
-// and e its expert; slots without an expert add nothing.
+// y[t] = sum over slots s, in order, of weight[t, s] * (values[p] * scale[e] + bias[e]), p = t *
+// top_k + s and e its expert; slots without an expert add nothing.
 struct CombineArgs {
-  const float* values;         // [tokens * top_k, columns]
-  const int32_t* expert_ids;   // [tokens, top_k]
-  const float* weights;        // [tokens, top_k]; null: 1
+  const float* values;        // [tokens * top_k, columns]
+  const int32_t* expert_ids;  // [tokens, top_k]
+  const float* weights;       // [tokens, top_k]; null: 1
   Projection projection;
   int64_t tokens, columns;
   int32_t top_k, experts;
-  void* y;                     // [tokens, columns]
+  void* y;  // [tokens, columns]
   Element y_type;
 };
 cudaError_t LaunchCombine(const CombineArgs& args, cudaStream_t stream);

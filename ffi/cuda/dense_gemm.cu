@@ -1,6 +1,7 @@
-// Dense weights times the tokens of an expert. Weights and activations go straight from global memory
-// to registers: of every 32 columns, lane t of a quad owns 8t .. 8t + 7 of both, which is as good an
-// order of the sum as any and makes every load 16 bytes wide. A warp has a band of 16 weight rows.
+// Dense weights times the tokens of an expert. Weights and activations go straight from global
+// memory to registers: of every 32 columns, lane t of a quad owns 8t .. 8t + 7 of both, which is as
+// good an order of the sum as any and makes every load 16 bytes wide. A warp has a band of 16
+// weight rows.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -104,7 +105,8 @@ __device__ __forceinline__ void AddColumns(const GemmArgs& args, const Band& ban
   const auto* weights = reinterpret_cast<const W*>(band.rows.tensor);
   const W* rows[2];
   for (int i = 0; i < 2; ++i) {
-    rows[i] = weights + (band.rows.first + min(band.begin + g + 8 * i, band.rows.count - 1)) * args.k;
+    rows[i] =
+        weights + (band.rows.first + min(band.begin + g + 8 * i, band.rows.count - 1)) * args.k;
   }
   const auto* x = static_cast<const X*>(args.x.values);
 #pragma unroll(kTokens == 8 ? 4 : 1)
@@ -135,7 +137,8 @@ __global__ void __launch_bounds__(32 * kWarps) DenseGemm(const __grid_constant__
   for (int n = 0; n < kTiles; ++n) {
     const int token = 8 * n + g;
     x_rows[n] = token < tile.count
-        ? args.lists.pairs[tile.begin + token] / args.pairs_a_row * args.x.pitch : -1;
+                    ? args.lists.pairs[tile.begin + token] / args.pairs_a_row * args.x.pitch
+                    : -1;
   }
   float sum[kTiles][4] = {};
   if (band.valid) {
@@ -186,7 +189,11 @@ __global__ void __launch_bounds__(32 * kWarps) DenseGemm(const __grid_constant__
 
 template <typename W, typename X, int kTokens>
 GemmKernel Describe() {
-  return {reinterpret_cast<const void*>(&DenseGemm<W, X, kTokens>), 32 * kWarps, kTokens, 16, 0,
+  return {reinterpret_cast<const void*>(&DenseGemm<W, X, kTokens>),
+          32 * kWarps,
+          kTokens,
+          16,
+          0,
           /*narrow=*/true};
 }
 

@@ -6,8 +6,7 @@
 namespace jax_moe::cuda {
 
 template <typename Format>
-__global__ void __launch_bounds__(256)
-    Dequantize(const uint8_t* data, int64_t units, float* out) {
+__global__ void __launch_bounds__(256) Dequantize(const uint8_t* data, int64_t units, float* out) {
   constexpr int kUnitsABlock = Format::kBlock / 32;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < units;
        i += static_cast<int64_t>(gridDim.x) * blockDim.x) {

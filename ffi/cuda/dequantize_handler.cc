@@ -26,13 +26,13 @@ ffi::Error Dequantize(cudaStream_t stream, Bytes data, ffi::Result<F32Matrix> ou
   if (units == 0) return ffi::Error::Success();
   if (!IsAligned(data.untyped_data())) return Invalid(op, "data is not aligned to 16 bytes");
   constexpr int kThreads = 256;
-  const unsigned blocks = static_cast<unsigned>(
-      std::min<int64_t>((units + kThreads - 1) / kThreads, int64_t{1} << 20));
+  const unsigned blocks =
+      static_cast<unsigned>(std::min<int64_t>((units + kThreads - 1) / kThreads, int64_t{1} << 20));
   const uint8_t* from = data.typed_data();
   float* to = out->typed_data();
   void* parameters[] = {&from, &units, &to};
-  return CudaError(op, cudaLaunchKernel(packed->dequantize, dim3(blocks), dim3(kThreads), parameters,
-                                        0, stream));
+  return CudaError(op, cudaLaunchKernel(packed->dequantize, dim3(blocks), dim3(kThreads),
+                                        parameters, 0, stream));
 }
 
 }  // namespace

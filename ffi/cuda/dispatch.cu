@@ -5,9 +5,9 @@
 namespace jax_moe::cuda {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-static_assert(kWarps == 32);  // a warp scans the sums of all warps
+static_assert(kWarps <= 32);  // a warp scans the sums of all warps
 constexpr int kSingleSegment = 4096;
 
 // Pairs a segment: enough that the counts of all segments fit into `pairs` elements.
@@ -20,8 +20,8 @@ __host__ __device__ int64_t Segments(int64_t pairs, int64_t experts) {
   return pairs <= (size > kSingleSegment ? size : kSingleSegment) ? 1 : (pairs + size - 1) / size;
 }
 
-// Warps that count, each with counters of its own, so that a block needs at most 33 KB and a warp has
-// some 64 pairs at least.
+// Warps that count, each with counters of its own, so that a block needs at most 33 KB and a warp
+// has some 64 pairs at least.
 __host__ __device__ int CountingWarps(int64_t pairs, int64_t experts) {
   const int64_t fit = 8192 / (experts + 1), useful = (pairs + 63) / 64;
   const int64_t warps = fit < useful ? fit : useful;
@@ -39,8 +39,8 @@ __device__ Span WarpSpan(int64_t begin, int64_t end, int warps, int warp) {
   return {first < end ? first : end, first + share < end ? first + share : end};
 }
 
-// Visits a warp's pairs in order, all lanes at once: f(pair, bucket, lanes with the same bucket), with
-// bucket -1 for lanes past the end. Bucket `experts` holds the invalid ids.
+// Visits a warp's pairs in order, all lanes at once: f(pair, bucket, lanes with the same bucket),
+// with bucket -1 for lanes past the end. Bucket `experts` holds the invalid ids.
 template <typename F>
 __device__ void ForEachPair(const int32_t* ids, int32_t experts, Span span, F f) {
   const int lane = threadIdx.x % 32;
@@ -68,12 +68,12 @@ __device__ void ScatterPairs(const SortArgs& args, Span span, int32_t* next) {
   const int lane = threadIdx.x % 32;
   ForEachPair(args.expert_ids, args.experts, span,
               [&](int64_t pair, int32_t bucket, unsigned same) {
-    const int32_t first = bucket >= 0 ? next[bucket] : 0;
-    __syncwarp();
-    if (bucket < 0) return;
-    args.sorted[first + __popc(same & ((1u << lane) - 1))] = static_cast<int32_t>(pair);
-    if (lane == __ffs(same) - 1) next[bucket] = first + __popc(same);
-  });
+                const int32_t first = bucket >= 0 ? next[bucket] : 0;
+                __syncwarp();
+                if (bucket < 0) return;
+                args.sorted[first + __popc(same & ((1u << lane) - 1))] = static_cast<int32_t>(pair);
+                if (lane == __ffs(same) - 1) next[bucket] = first + __popc(same);
+              });
 }
 
 // Exclusive prefix sums of two values a thread, over the block; adds the totals to `total`.
@@ -86,9 +86,10 @@ __device__ int2 BlockScan(int2 value, int2* warp_sums, int2& total) {
   }
   if (lane == 31) warp_sums[warp] = sum;
   __syncthreads();
-  int2 part = warp_sums[lane];
+  int2 part = lane < kWarps ? warp_sums[lane] : make_int2(0, 0);
   for (int d = 1; d < 32; d *= 2) {
-    const int x = __shfl_up_sync(0xffffffffu, part.x, d), y = __shfl_up_sync(0xffffffffu, part.y, d);
+    const int x = __shfl_up_sync(0xffffffffu, part.x, d),
+              y = __shfl_up_sync(0xffffffffu, part.y, d);
     if (lane >= d) part = {part.x + x, part.y + y};
   }
   const int before = warp == 0 ? 0 : warp - 1;
@@ -112,13 +113,15 @@ __device__ void PlaceBuckets(const SortArgs& args, Count count, Place place) {
     const int bucket = base + threadIdx.x;
     const int number = bucket <= args.experts ? count(bucket) : 0;
     const int tiles = args.tiles != nullptr && bucket < args.experts
-        ? (number + args.tile_tokens - 1) / args.tile_tokens : 0;
+                          ? (number + args.tile_tokens - 1) / args.tile_tokens
+                          : 0;
     const int2 before = BlockScan({number, tiles}, warp_sums, total);
     if (bucket > args.experts) continue;
     args.offsets[bucket] = before.x;
     place(bucket, before.x);
-    // Tiles of nearly equal size, in units of 8 tokens.
-    const int size = tiles == 0 ? 0 : ((number + tiles - 1) / tiles + 7) / 8 * 8;
+    // Tiles of nearly equal size, in units of what a tensor core multiplies at a time.
+    const int step = min(8, args.tile_tokens);
+    const int size = tiles == 0 ? 0 : ((number + tiles - 1) / tiles + step - 1) / step * step;
     for (int i = 0; i < tiles; ++i) {
       const int start = i * size;
       args.tiles[before.y + i] = {bucket, before.x + start, min(size, number - start), 0};
@@ -263,7 +266,8 @@ int64_t MaxTiles(int64_t pairs, int64_t experts, int64_t tile_tokens) {
 }
 
 cudaError_t LaunchSort(const SortArgs& args, cudaStream_t stream) {
-  const size_t shared = sizeof(int32_t) * CountingWarps(args.pairs, args.experts) * (args.experts + 1);
+  const size_t shared =
+      sizeof(int32_t) * CountingWarps(args.pairs, args.experts) * (args.experts + 1);
   const int64_t segments = Segments(args.pairs, args.experts);
   if (segments == 1) {
     SortSegment<<<1, kThreads, shared, stream>>>(args);

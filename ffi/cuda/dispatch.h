@@ -9,17 +9,17 @@
 
 namespace jax_moe::cuda {
 
-// A stable counting sort of `pairs` ids into experts 0 .. experts - 1 and, last, all others. Ids are
-// split into segments; with one segment a single block does everything.
+// A stable counting sort of `pairs` ids into experts 0 .. experts - 1 and, last, all others. Ids
+// are split into segments; with one segment a single block does everything.
 struct SortArgs {
   const int32_t* expert_ids;  // [pairs]
   int64_t pairs;
   int32_t experts;
-  int32_t* sorted;            // [pairs]: pair ids in order
-  int32_t* sorted_ids;        // [pairs]: their expert ids; null: not wanted
-  int32_t* offsets;           // [experts + 1]: where every expert begins; the number of valid pairs
-  int32_t* segment_counts;    // [SortCounts(pairs, experts)]; may be sorted_ids
-  TokenTile* tiles;           // null: not wanted
+  int32_t* sorted;          // [pairs]: pair ids in order
+  int32_t* sorted_ids;      // [pairs]: their expert ids; null: not wanted
+  int32_t* offsets;         // [experts + 1]: where every expert begins; the number of valid pairs
+  int32_t* segment_counts;  // [SortCounts(pairs, experts)]; may be sorted_ids
+  TokenTile* tiles;         // null: not wanted
   int32_t* num_tiles;
   int32_t tile_tokens;
 };

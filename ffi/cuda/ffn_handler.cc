@@ -1,10 +1,7 @@
-// jax_moe_ffn on CUDA: lists, prepared tokens, gate and up, prepared h, down, the sum over slots.
+// jax_moe_ffn on CUDA: reads and checks the operands.
 
-#include "ffi/cuda/check.h"
-#include "ffi/cuda/combine.h"
-#include "ffi/cuda/dispatch.h"
+#include "ffi/cuda/ffn.h"
 #include "ffi/cuda/handlers.h"
-#include "ffi/cuda/prepare.h"
 
 namespace jax_moe::cuda {
 namespace {
@@ -15,124 +12,6 @@ using F32 = ffi::Buffer<ffi::F32>;
 using S32Matrix = ffi::BufferR2<ffi::S32>;
 using F32Matrix = ffi::BufferR2<ffi::F32>;
 using Bytes = ffi::BufferR1<ffi::U8>;
-
-// The problem once its operands have been read.
-struct Ffn {
-  Element type;  // of x and y
-  const void* x;
-  void* y;
-  const int32_t* expert_ids;
-  const float* weights;
-  int64_t tokens, pairs, d_model, d_expert;
-  int32_t top_k, experts;
-  std::optional<Weight> gate, up;  // merged: gate alone, with the rows of both
-  Weight down;
-  bool merged, weights_before;
-  Variant variant;
-  Projection gate_projection, up_projection, down_projection;
-  Activation activation;
-  float limit, beta, linear_beta;
-  uint8_t* memory;
-  plan::CudaFfnLayout layout;
-
-  int32_t* Ints(int64_t offset) const { return reinterpret_cast<int32_t*>(memory + offset); }
-  TokenTile* Tiles() const { return reinterpret_cast<TokenTile*>(memory + layout.tiles); }
-  float* Values() const { return reinterpret_cast<float*>(memory + layout.values); }
-  plan::CudaTile Tile() const { return plan::ChooseCudaTile(pairs, experts); }
-};
-
-// Sorts the pairs and cuts them into tiles of `tile_tokens`.
-cudaError_t MakeLists(const Ffn& ffn, int tile_tokens, cudaStream_t stream) {
-  return LaunchSort({ffn.expert_ids, ffn.pairs, ffn.experts, ffn.Ints(ffn.layout.pairs), nullptr,
-                     ffn.Ints(ffn.layout.offsets), ffn.Ints(ffn.layout.counts), ffn.Tiles(),
-                     ffn.Ints(ffn.layout.num_tiles), tile_tokens},
-                    stream);
-}
-
-// One product of the pairs with one or two weight matrices of one format; y is [pairs, y_pitch].
-class Products {
- public:
-  Products(const Ffn& ffn, cudaStream_t stream) : ffn_(ffn), stream_(stream) {}
-
-  cudaError_t Run(const Weight& weight, const Weight* second, const PreparedRows& x,
-                  int32_t pairs_a_row, float* y, int64_t y_pitch) {
-    const GemmKernel kernel = ChooseKernel(weight, x.layout, ffn_.Tile());
-    if (kernel.tile_tokens != tile_tokens_) {
-      tile_tokens_ = kernel.tile_tokens;
-      const cudaError_t status = MakeLists(ffn_, tile_tokens_, stream_);
-      if (status != cudaSuccess) return status;
-    }
-    GemmArgs args = {};
-    args.weight[0] = weight.data;
-    args.rows[0] = weight.rows;
-    if (second != nullptr) {
-      args.weight[1] = second->data;
-      args.rows[1] = second->rows;
-    }
-    args.row_bytes = weight.row_bytes;
-    args.experts = weight.experts;
-    args.k = weight.columns;
-    args.x = ViewPrepared(x);
-    args.pairs_a_row = pairs_a_row;
-    args.lists = {ffn_.Ints(ffn_.layout.pairs), ffn_.Tiles(), ffn_.Ints(ffn_.layout.num_tiles),
-                  MaxTiles(ffn_.pairs, ffn_.experts, kernel.tile_tokens)};
-    args.y = y;
-    args.y_pitch = y_pitch;
-    args.y_type = Element::kF32;
-    args.log_splits = plan::ChooseCudaLogSplits(weight.columns);
-    return LaunchGemm(kernel, args, stream_);
-  }
-
- private:
-  const Ffn& ffn_;
-  cudaStream_t stream_;
-  int tile_tokens_ = 0;
-};
-
-// gate and up: values [pairs, columns], gate's columns first.
-cudaError_t RunGateAndUp(const Ffn& ffn, int64_t columns, Products& products, cudaStream_t stream) {
-  std::optional<Layout> prepared;
-  const auto run = [&](const Weight& weight, const Weight* second, int64_t column) {
-    PreparedRows x = {ChooseLayout(weight, ffn.type, ffn.variant), ffn.tokens, ffn.d_model,
-                      ffn.memory + ffn.layout.x};
-    if (prepared != x.layout) {
-      const cudaError_t status = LaunchPrepare(ffn.x, ffn.type, x, stream);
-      if (status != cudaSuccess) return status;
-      prepared = x.layout;
-    }
-    return products.Run(weight, second, x, ffn.top_k, ffn.Values() + column, columns);
-  };
-  if (!ffn.gate) return run(*ffn.up, nullptr, 0);
-  if (!ffn.up) return run(*ffn.gate, nullptr, 0);
-  if (ffn.gate->format == ffn.up->format) return run(*ffn.gate, &*ffn.up, 0);
-  const cudaError_t status = run(*ffn.gate, nullptr, 0);
-  return status == cudaSuccess ? run(*ffn.up, nullptr, ffn.d_expert) : status;
-}
-
-cudaError_t Run(const Ffn& ffn, cudaStream_t stream) {
-  const bool gated = ffn.gate.has_value();
-  const int64_t columns = gated ? 2 * ffn.d_expert : ffn.d_expert;
-  Products products(ffn, stream);
-  cudaError_t status = RunGateAndUp(ffn, columns, products, stream);
-  if (status != cudaSuccess) return status;
-
-  const PreparedRows h = {ChooseLayout(ffn.down, Element::kF32, ffn.variant), ffn.pairs, ffn.d_expert,
-                          ffn.memory + ffn.layout.h};
-  const float* values = ffn.Values();
-  status = LaunchActivate({gated ? values : nullptr, gated ? values + ffn.d_expert : values, columns,
-                           ffn.gate_projection, ffn.up_projection,
-                           ffn.weights_before ? ffn.weights : nullptr, ffn.expert_ids, ffn.experts,
-                           ffn.activation, ffn.limit, ffn.beta, ffn.linear_beta},
-                          h, stream);
-  if (status != cudaSuccess) return status;
-  // gate and up have been read: down takes their place.
-  status = products.Run(ffn.down, nullptr, h, /*pairs_a_row=*/1, ffn.Values(), ffn.d_model);
-  if (status != cudaSuccess) return status;
-  return LaunchCombine({ffn.Values(), ffn.expert_ids, ffn.weights_before ? nullptr : ffn.weights,
-                        ffn.down_projection, ffn.tokens, ffn.d_model, ffn.top_k, ffn.experts, ffn.y,
-                        ffn.type},
-                       stream);
-}
 
 // Attributes, in one place.
 struct Options {
@@ -147,18 +26,18 @@ ffi::ErrorOr<Projection> ReadProjection(const char* name, const F32& bias, const
   const int64_t biases = static_cast<int64_t>(bias.element_count());
   const int64_t scales = static_cast<int64_t>(scale.element_count());
   if ((biases != 0 && biases != experts * rows) || (scales != 0 && scales != experts)) {
-    return ffi::Unexpected(Invalid(kOp, std::string(name) + "_bias or " + name +
-                                            "_scale does not match its weight"));
+    return ffi::Unexpected(
+        Invalid(kOp, std::string(name) + "_bias or " + name + "_scale does not match its weight"));
   }
   return Projection{scales == 0 ? nullptr : scale.typed_data(),
                     biases == 0 ? nullptr : bias.typed_data(), rows};
 }
 
-ffi::Error RunFfn(cudaStream_t stream, ffi::AnyBuffer x, S32Matrix expert_ids, F32Matrix weights,
-                  ffi::AnyBuffer gate, ffi::AnyBuffer up, ffi::AnyBuffer down, F32 gate_bias,
-                  F32 up_bias, F32 down_bias, F32 gate_scale, F32 up_scale, F32 down_scale,
-                  ffi::Result<ffi::AnyBuffer> y, ffi::Result<Bytes> workspace,
-                  const Options& options) {
+ffi::Error ReadAndRun(cudaStream_t stream, ffi::AnyBuffer x, S32Matrix expert_ids,
+                      F32Matrix weights, ffi::AnyBuffer gate, ffi::AnyBuffer up,
+                      ffi::AnyBuffer down, F32 gate_bias, F32 up_bias, F32 down_bias,
+                      F32 gate_scale, F32 up_scale, F32 down_scale, ffi::Result<ffi::AnyBuffer> y,
+                      ffi::Result<Bytes> workspace, const Options& options) {
   Ffn ffn = {};
   const std::optional<Element> type = ElementOf(x.element_type());
   if (!type || x.element_type() != y->element_type()) {
@@ -175,7 +54,8 @@ ffi::Error RunFfn(cudaStream_t stream, ffi::AnyBuffer x, S32Matrix expert_ids, F
     weight = result.value();
     return ffi::Error::Success();
   };
-  if (ffi::Error error = read("gate", gate, options.gate_format, ffn.gate); error.failure()) return error;
+  if (ffi::Error error = read("gate", gate, options.gate_format, ffn.gate); error.failure())
+    return error;
   if (ffi::Error error = read("up", up, options.up_format, ffn.up); error.failure()) return error;
 
   ffn.type = *type;
@@ -213,7 +93,8 @@ ffi::Error RunFfn(cudaStream_t stream, ffi::AnyBuffer x, S32Matrix expert_ids, F
   if (!gate_projection.has_value()) return gate_projection.error();
   const auto up_projection = ReadProjection("up", up_bias, up_scale, ffn.experts, ffn.d_expert);
   if (!up_projection.has_value()) return up_projection.error();
-  const auto down_projection = ReadProjection("down", down_bias, down_scale, ffn.experts, ffn.d_model);
+  const auto down_projection =
+      ReadProjection("down", down_bias, down_scale, ffn.experts, ffn.d_model);
   if (!down_projection.has_value()) return down_projection.error();
   ffn.gate_projection = gate_projection.value();
   ffn.up_projection = up_projection.value();
@@ -240,7 +121,7 @@ ffi::Error RunFfn(cudaStream_t stream, ffi::AnyBuffer x, S32Matrix expert_ids, F
   }
   ffn.memory = workspace->typed_data();
   if (ffn.pairs == 0 || ffn.d_model == 0) return ffi::Error::Success();
-  return CudaError(kOp, Run(ffn, stream));
+  return CudaError(kOp, RunFfn(ffn, stream));
 }
 
 ffi::Error RunWithAttributes(cudaStream_t stream, ffi::AnyBuffer x, S32Matrix expert_ids,
@@ -251,10 +132,10 @@ ffi::Error RunWithAttributes(cudaStream_t stream, ffi::AnyBuffer x, S32Matrix ex
                              int32_t gate_format, int32_t up_format, int32_t down_format,
                              int32_t merged, int32_t activation, float limit, float beta,
                              float linear_beta, int32_t weights_before, int32_t variant) {
-  return RunFfn(stream, x, expert_ids, weights, gate, up, down, gate_bias, up_bias, down_bias,
-                gate_scale, up_scale, down_scale, y, workspace,
-                {gate_format, up_format, down_format, merged, activation, limit, beta, linear_beta,
-                 weights_before, variant});
+  return ReadAndRun(stream, x, expert_ids, weights, gate, up, down, gate_bias, up_bias, down_bias,
+                    gate_scale, up_scale, down_scale, y, workspace,
+                    {gate_format, up_format, down_format, merged, activation, limit, beta,
+                     linear_beta, weights_before, variant});
 }
 
 ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary attributes) {
@@ -270,9 +151,11 @@ ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary at
 }  // namespace
 }  // namespace jax_moe::cuda
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    JaxMoeFfnCudaInitialize, jax_moe::cuda::Initialize,
-    xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFfnCudaInitialize, jax_moe::cuda::Initialize,
+                              xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attrs());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFfnCuda, jax_moe::cuda::RunWithAttributes,
                               xla::ffi::Ffi::Bind()

@@ -32,8 +32,8 @@ ffi::Error Gemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight_buf
   const auto x_dims = x.dimensions();
   if (x_dims.size() != 2 || (x_dims[0] != tokens && x_dims[0] != pairs) ||
       x_dims[1] != weight.columns) {
-    return Invalid(kOp, "x must be [tokens or pairs, " + std::to_string(weight.columns) + "], not " +
-                            ShapeOf(x));
+    return Invalid(kOp, "x must be [tokens or pairs, " + std::to_string(weight.columns) +
+                            "], not " + ShapeOf(x));
   }
   const auto y_dims = y->dimensions();
   if (y_dims.size() != 2 || y_dims[0] != pairs || y_dims[1] != weight.rows) {
@@ -49,7 +49,8 @@ ffi::Error Gemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight_buf
   if (pairs == 0 || weight.rows == 0) return ffi::Error::Success();
 
   const bool rows_are_pairs = x_dims[0] == pairs;
-  const plan::GemmShape shape = {top_k, weight.experts, weight.rows, weight.columns, rows_are_pairs};
+  const plan::GemmShape shape = {top_k, weight.experts, weight.rows, weight.columns,
+                                 rows_are_pairs};
   const plan::CudaGemmLayout layout = plan::LayoutCudaGemm(shape, tokens);
   if (static_cast<int64_t>(workspace->size_bytes()) < layout.bytes) {
     return Invalid(kOp, "the workspace has " + std::to_string(workspace->size_bytes()) +
@@ -58,9 +59,9 @@ ffi::Error Gemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight_buf
   uint8_t* memory = workspace->typed_data();
   const auto ints = [&](int64_t offset) { return reinterpret_cast<int32_t*>(memory + offset); };
   const int32_t experts = static_cast<int32_t>(weight.experts);
-  const Layout x_layout = ChooseLayout(weight, *x_type, static_cast<Variant>(variant));
-  const GemmKernel kernel =
-      ChooseKernel(weight, x_layout, plan::ChooseCudaTile(pairs, weight.experts));
+  const plan::CudaTile tile = plan::ChooseCudaTile(pairs, weight.experts);
+  const Layout x_layout = ChooseLayout(weight, *x_type, static_cast<Variant>(variant), tile);
+  const GemmKernel kernel = ChooseKernel(weight, x_layout, tile);
   auto* tiles = reinterpret_cast<TokenTile*>(memory + layout.tiles);
   const PreparedRows prepared = {x_layout, x_dims[0], weight.columns, memory + layout.x};
 
@@ -68,10 +69,10 @@ ffi::Error Gemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight_buf
       LaunchPairExperts(sorted_token_ids.typed_data(), flat_expert_ids.typed_data(), pairs,
                         ints(layout.winners), ints(layout.expert_ids), stream);
   if (status == cudaSuccess) {
-    status = LaunchSort({ints(layout.expert_ids), pairs, experts, ints(layout.pairs), nullptr,
-                         ints(layout.offsets), ints(layout.counts), tiles, ints(layout.num_tiles),
-                         kernel.tile_tokens},
-                        stream);
+    status = LaunchSort(
+        {ints(layout.expert_ids), pairs, experts, ints(layout.pairs), nullptr, ints(layout.offsets),
+         ints(layout.counts), tiles, ints(layout.num_tiles), kernel.tile_tokens},
+        stream);
   }
   if (status == cudaSuccess) {
     status = LaunchZeroRows(ints(layout.expert_ids), pairs, experts, y->untyped_data(), weight.rows,
@@ -108,9 +109,11 @@ ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary at
 }  // namespace
 }  // namespace jax_moe::cuda
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    JaxMoeGemmCudaInitialize, jax_moe::cuda::Initialize,
-    xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>().RemainingArgs().RemainingRets().Attrs());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeGemmCudaInitialize, jax_moe::cuda::Initialize,
+                              xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>()
+                                  .RemainingArgs()
+                                  .RemainingRets()
+                                  .Attrs());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeGemmCuda, jax_moe::cuda::Gemm,
                               xla::ffi::Ffi::Bind()

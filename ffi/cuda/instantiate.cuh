@@ -4,9 +4,20 @@
 #include "ffi/cuda/dequantize.cuh"
 #include "ffi/cuda/narrow_gemm.cuh"
 #include "ffi/cuda/packed_formats.h"
+#include "ffi/cuda/vector_gemm.cuh"
 #include "ffi/cuda/wide_gemm.cuh"
 
 namespace jax_moe::cuda {
+
+template <typename Format>
+GemmKernel DescribeVector() {
+  return {reinterpret_cast<const void*>(&VectorGemm<Format>),
+          32 * VectorShape::kWarps,
+          VectorShape::kTokens,
+          VectorShape::kRows,
+          /*shared_bytes=*/0,
+          /*narrow=*/false};
+}
 
 template <typename Format, bool kS8>
 GemmKernel DescribeNarrow() {
@@ -33,9 +44,11 @@ GemmKernel DescribeWide() {
 template <typename Format>
 const PackedFormat& Packed() {
   static const PackedFormat format = {
-      {DescribeNarrow<Format, false>(), DescribeNarrow<Format, true>(), DescribeWide<Format, 32>(),
-       DescribeWide<Format, 128>()},
-      reinterpret_cast<const void*>(&Dequantize<Format>), Format::kBlock, Format::kBytes};
+      {DescribeVector<Format>(), DescribeNarrow<Format, false>(), DescribeNarrow<Format, true>(),
+       DescribeWide<Format, 32>(), DescribeWide<Format, 128>()},
+      reinterpret_cast<const void*>(&Dequantize<Format>),
+      Format::kBlock,
+      Format::kBytes};
   return format;
 }
 

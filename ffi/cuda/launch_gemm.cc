@@ -11,7 +11,9 @@ constexpr int64_t kMaxGridY = 32768;
 }  // namespace
 
 cudaError_t LaunchGemm(const GemmKernel& kernel, const GemmArgs& args, cudaStream_t stream) {
-  const auto bands = [&](int64_t rows) { return (rows + kernel.block_rows - 1) / kernel.block_rows; };
+  const auto bands = [&](int64_t rows) {
+    return (rows + kernel.block_rows - 1) / kernel.block_rows;
+  };
   int64_t blocks = bands(args.rows[0]) + bands(args.rows[1]);
   if (kernel.narrow) {
     const int bands_a_block = 4 >> args.log_splits;

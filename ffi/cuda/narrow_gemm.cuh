@@ -1,8 +1,9 @@
 // Packed weights times up to 8 tokens of an expert: bound by the bytes of the weights.
 //
 // A band of 16 weight rows belongs to `splits` of a block's 4 warps, each of which takes every
-// splits-th chunk of 256 columns and works on its own: raw bytes arrive in a ring of its own, are
-// decoded to int8 beside it and multiplied. The warps' sums are added in warp order.
+// splits-th chunk of 256 columns and works on its own: raw bytes arrive in buffers of its own, are
+// decoded to int8 beside them, 128 columns at a time, and multiplied. The warps' sums are added in
+// warp order.
 #pragma once
 
 #include "ffi/cuda/packed_tile.cuh"
@@ -15,12 +16,13 @@ struct NarrowShape {
   static constexpr int kRows = 16;
   static constexpr int kTokens = 8;
   static constexpr int kWarps = 4;
-  static constexpr int kStages = 3;
-  static constexpr int kChunk = 256;
-  static constexpr int kUnits = kChunk / 32;
+  static constexpr int kStages = 2;
+  static constexpr int kChunk = 256;  // columns copied at a time
+  static constexpr int kUnits = 4;    // units of 32 columns decoded at a time
+  static constexpr int kParts = kChunk / 32 / kUnits;
   using Raw = RawChunk<Format, kChunk>;
   // 32 bytes of padding put the rows that eight lanes read together into different banks.
-  static constexpr int kRowBytes = kChunk + 32;
+  static constexpr int kRowBytes = 32 * kUnits + 32;
 
   struct alignas(16) Warp {
     uint8_t raw[kStages][kRows * Raw::kSlot];
@@ -89,18 +91,20 @@ __device__ __forceinline__ void MultiplyUnitS8(const uint8_t* q, int row_bytes,
       const Scales& s = i < 2 ? s0 : s1;
       const float dx = i % 2 ? d1 : d0;
       float value = s.scale(group) * static_cast<float>(d[i]);
-      if constexpr (Format::kHasOffset) value = fmaf(s.offset(group), static_cast<float>(e[i]), value);
+      if constexpr (Format::kHasOffset)
+        value = fmaf(s.offset(group), static_cast<float>(e[i]), value);
       sum[i] = fmaf(dx, value, sum[i]);
     }
   }
 }
 
 template <typename Format, bool kS8>
-__global__ void __launch_bounds__(128) NarrowGemm(const __grid_constant__ GemmArgs args) {
+__global__ void __launch_bounds__(128, 6) NarrowGemm(const __grid_constant__ GemmArgs args) {
   using Shape = NarrowShape<Format>;
   using Raw = typename Shape::Raw;
   using X = std::conditional_t<kS8, uint2, uint4>;
   constexpr int kStages = Shape::kStages, kUnits = Shape::kUnits;
+  static_assert(kStages >= 2);
   extern __shared__ __align__(128) uint8_t shared[];
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -108,8 +112,8 @@ __global__ void __launch_bounds__(128) NarrowGemm(const __grid_constant__ GemmAr
   TokenTile tile;
   if (!FindTile(args.lists, &tile)) return;
   const int log_splits = args.log_splits, splits = 1 << log_splits, split = warp & (splits - 1);
-  const Band band = FindBand(
-      args, tile.expert, (blockIdx.x << (2 - log_splits)) + (warp >> log_splits), Shape::kRows);
+  const Band band = FindBand(args, tile.expert,
+                             (blockIdx.x << (2 - log_splits)) + (warp >> log_splits), Shape::kRows);
 
   typename Shape::Warp& own = reinterpret_cast<typename Shape::Warp*>(shared)[warp];
   const int units_total = static_cast<int>(args.k / 32);
@@ -130,7 +134,8 @@ __global__ void __launch_bounds__(128) NarrowGemm(const __grid_constant__ GemmAr
   const int pair = has_token ? args.lists.pairs[tile.begin + g] : 0;
   const int64_t x_row = (pair / args.pairs_a_row) * args.x.pitch;
   const auto* x = reinterpret_cast<const X*>(static_cast<const uint8_t*>(args.x.values) +
-                                             x_row * (kS8 ? 1 : 2)) + t;
+                                             x_row * (kS8 ? 1 : 2)) +
+                  t;
   const float* x_scales[2] = {};
   if constexpr (kS8) {
     for (int i = 0; i < 2; ++i) {
@@ -143,47 +148,55 @@ __global__ void __launch_bounds__(128) NarrowGemm(const __grid_constant__ GemmAr
   const uint8_t* decode_from = band.rows.tensor + band.rows.Start(band.begin + decode_row);
   int stage = 0;
   for (int chunk = split; chunk < chunks; chunk += splits) {
-    const int units = min(kUnits, units_total - chunk * kUnits);
-    X xs[kUnits];
-    float dx[2][kS8 ? kUnits : 1];
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      xs[u] = X{};
-      if (has_token && u < units) xs[u] = x[(chunk * kUnits + u) * 4];
-      if constexpr (kS8) {
-        for (int i = 0; i < 2; ++i) dx[i][u] = u < units ? x_scales[i][chunk * kUnits + u] : 0.0f;
-      }
-    }
+    WaitCopies<kStages - 2>();
+    __syncwarp();
     const int next = chunk + (kStages - 1) * splits;
     const int next_stage = stage == 0 ? kStages - 1 : stage - 1;
     if (next < chunks) copier.Copy(own.raw[next_stage] + slot, next);
     CommitCopies();
-    WaitCopies<kStages - 1>();
-    __syncwarp();
-
     const uint8_t* raw = own.raw[stage] + decode_row * Raw::kSlot +
-        (Raw::kAligned ? 0 : Shift<Raw>(decode_from, chunk));
-#pragma unroll 2
-    for (int u = lane / 16; u < units; u += 2) {
-      constexpr int kUnitsABlock = Format::kBlock / 32;
-      own.scales[u][decode_row] =
-          DecodeUnit<Format>(raw + u / kUnitsABlock * Format::kBytes, u % kUnitsABlock,
-                             own.q + decode_row * Shape::kRowBytes + 32 * u);
-    }
-    __syncwarp();
-
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      if (u >= units) break;
-      if constexpr (kS8) {
-        MultiplyUnitS8<Format>(own.q + 32 * u, Shape::kRowBytes, own.scales[u], g, t, xs[u],
-                               dx[0][u], dx[1][u], sum);
-      } else {
-        MultiplyUnitF16<Format>(own.q + 32 * u, Shape::kRowBytes, own.scales[u], g, t, xs[u], sum);
-      }
-    }
-    __syncwarp();
+                         (Raw::kAligned ? 0 : Shift<Raw>(decode_from, chunk));
     stage = stage == kStages - 1 ? 0 : stage + 1;
+
+#pragma unroll 1
+    for (int part = 0; part < Shape::kParts; ++part) {
+      const int unit0 = part * kUnits, column_unit = chunk * (Shape::kChunk / 32) + unit0;
+      const int units = min(kUnits, units_total - column_unit);
+      if (units <= 0) break;
+      X xs[kUnits];
+      float dx[2][kS8 ? kUnits : 1];
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        xs[u] = X{};
+        if (has_token && u < units) xs[u] = x[(column_unit + u) * 4];
+        if constexpr (kS8) {
+          for (int i = 0; i < 2; ++i) dx[i][u] = u < units ? x_scales[i][column_unit + u] : 0.0f;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kUnits / 2; ++i) {
+        constexpr int kUnitsABlock = Format::kBlock / 32;
+        const int u = 2 * i + lane / 16;
+        if (u < units) {
+          own.scales[u][decode_row] = DecodeUnit<Format>(
+              raw + (unit0 + u) / kUnitsABlock * Format::kBytes, (unit0 + u) % kUnitsABlock,
+              own.q + decode_row * Shape::kRowBytes + 32 * u);
+        }
+      }
+      __syncwarp();
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        if (u >= units) break;
+        if constexpr (kS8) {
+          MultiplyUnitS8<Format>(own.q + 32 * u, Shape::kRowBytes, own.scales[u], g, t, xs[u],
+                                 dx[0][u], dx[1][u], sum);
+        } else {
+          MultiplyUnitF16<Format>(own.q + 32 * u, Shape::kRowBytes, own.scales[u], g, t, xs[u],
+                                  sum);
+        }
+      }
+      __syncwarp();
+    }
   }
 
   WaitCopies<0>();

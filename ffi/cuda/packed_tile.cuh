@@ -1,7 +1,7 @@
 // Packed weights on their way from global memory to the tensor cores: raw block bytes are copied to
-// shared memory as they are, then every thread decodes units of 32 weights to int8 there. The weights
-// stay integers: scales and offsets are applied to the float32 sums of a group, so nothing is rounded
-// and no scale can over- or underflow.
+// shared memory as they are, then every thread decodes units of 32 weights to int8 there. The
+// weights stay integers: scales and offsets are applied to the float32 sums of a group, so nothing
+// is rounded and no scale can over- or underflow.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -15,7 +15,8 @@
 namespace jax_moe::cuda {
 
 // A row's kWeights consecutive weights in shared memory, at the same address modulo 16 as in global
-// memory, so that 16-byte copies serve blocks of any size and decoders see the blocks' own alignment.
+// memory, so that 16-byte copies serve blocks of any size and decoders see the blocks' own
+// alignment.
 template <typename Format, int kWeights>
 struct RawChunk {
   static constexpr int kBytes = kWeights / Format::kBlock * Format::kBytes;
@@ -28,14 +29,15 @@ struct RawChunk {
 template <typename Raw>
 __device__ __forceinline__ int Shift(const uint8_t* row, int chunk) {
   return static_cast<int>(static_cast<uint32_t>(reinterpret_cast<uintptr_t>(row)) +
-                          static_cast<uint32_t>(chunk) * Raw::kBytes) & 15;
+                          static_cast<uint32_t>(chunk) * Raw::kBytes) &
+         15;
 }
 
 // One expert's rows of one of the two weight matrices.
 struct Rows {
   const uint8_t* tensor;  // 16-byte aligned
   int64_t tensor_bytes;
-  int64_t first;          // row of the tensor at which the expert begins
+  int64_t first;  // row of the tensor at which the expert begins
   int count;
   int64_t row_bytes;
 
@@ -48,8 +50,8 @@ struct Rows {
 // Which rows a band of `band_rows` rows covers. Bands do not cross from one matrix to the other.
 struct Band {
   Rows rows;
-  int begin;           // row within the expert
-  int64_t y_column;    // column of y of row 0
+  int begin;         // row within the expert
+  int64_t y_column;  // column of y of row 0
   bool valid;
 };
 
@@ -109,8 +111,12 @@ struct alignas(4 * (32 / Format::kGroup) * (Format::kHasOffset ? 2 : 1)) UnitSca
 
 // Decodes one unit to 32 bytes in lane order (Layout::kF16Lanes): words 0 4 1 5 2 6 3 7.
 template <typename Format>
-__device__ __forceinline__ UnitScales<Format> DecodeUnit(const uint8_t* block, int unit, uint8_t* q) {
+__device__ __forceinline__ UnitScales<Format> DecodeUnit(const uint8_t* block, int unit,
+                                                         uint8_t* q) {
   using Scales = UnitScales<Format>;
+  // Blocks lie at their own alignment: telling the compiler lets it read 16 bytes at once.
+  constexpr int kAlign = Format::kBytes % 16 == 0 ? 16 : Format::kBytes % 8 == 0 ? 8 : 1;
+  block = static_cast<const uint8_t*>(__builtin_assume_aligned(block, kAlign));
   uint32_t w[8];
   Format::Unit(block, unit, w);
   uint4* to = reinterpret_cast<uint4*>(q);

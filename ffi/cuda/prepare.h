@@ -20,7 +20,9 @@ struct PreparedRows {
 inline int64_t PreparedPitch(int64_t columns) { return (columns + 63) / 64 * 64; }
 
 inline __host__ __device__ int LayoutBytes(Layout layout) {
-  return layout == Layout::kF32 ? 4 : layout == Layout::kS8Lanes ? 1 : 2;
+  return layout == Layout::kF32 || layout == Layout::kPlanes ? 4
+         : layout == Layout::kS8Lanes                        ? 1
+                                                             : 2;
 }
 
 // The values, then what goes with them; at most 4 bytes a column and 4 a row.
@@ -44,14 +46,15 @@ struct Projection {
   int64_t bias_pitch;
 };
 
-// h[p, j] = act(gate, up) of every pair, prepared. Rows of pairs without an expert are left as they are.
+// h[p, j] = act(gate, up) of every pair, prepared. Rows of pairs without an expert are left as they
+// are.
 struct ActivateArgs {
-  const float* gate;           // [pairs, pitch]; null: no gate
-  const float* up;             // [pairs, pitch]
+  const float* gate;  // [pairs, pitch]; null: no gate
+  const float* up;    // [pairs, pitch]
   int64_t pitch;
   Projection gate_projection, up_projection;
-  const float* pair_weight;    // multiplies both, before scale and bias; null: 1
-  const int32_t* expert_ids;   // [pairs]
+  const float* pair_weight;   // multiplies both, before scale and bias; null: 1
+  const int32_t* expert_ids;  // [pairs]
   int32_t experts;
   Activation activation;
   float limit, beta, linear_beta;

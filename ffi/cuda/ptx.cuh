@@ -1,19 +1,22 @@
-// The PTX instructions that the kernels use: asynchronous copies and tensor-core products, sm_80 on.
+// The PTX instructions that the kernels use: asynchronous copies and tensor-core products, sm_80
+// on.
 #pragma once
 
 #include <cstdint>
 
 namespace jax_moe::cuda {
 
-// Copies 16 bytes from global to shared memory, both 16-byte aligned: the first `valid` of them, and
-// zeros for the rest. Bypasses L1.
+// Copies 16 bytes from global to shared memory, both 16-byte aligned: the first `valid` of them,
+// and zeros for the rest. Bypasses L1.
 __device__ __forceinline__ void CopyAsync16(void* shared, const void* global, int valid = 16) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(valid)
                : "memory");
 }
 
-__device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void CommitCopies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits until at most kPending of this thread's committed groups are still under way.
 template <int kPending>

@@ -74,8 +74,8 @@ __device__ void Gate(Gating gating, float* x, int n) {
   __syncwarp();
 }
 
-// The `count` best of n scores, in order: take(rank, index). The lane that owned a winner looks for its
-// next best; the others keep theirs.
+// The `count` best of n scores, in order: take(rank, index). The lane that owned a winner looks for
+// its next best; the others keep theirs.
 template <typename Take>
 __device__ void TopK(const float* scores, int n, int count, Take take) {
   const int lane = threadIdx.x % 32;

@@ -19,33 +19,35 @@ ffi::Error Route(cudaStream_t stream, F32Matrix logits, F32Vector selection_bias
   const int64_t tokens = logits.dimensions()[0], experts = logits.dimensions()[1];
   const int64_t top_k = expert_ids->dimensions()[1], biases = selection_bias.dimensions()[0];
   if (experts < 1 || experts > kMaxRoutedExperts) {
-    return Invalid(op, "logits must be [tokens, experts] with 1..4096 experts, not " + ShapeOf(logits));
+    return Invalid(op,
+                   "logits must be [tokens, experts] with 1..4096 experts, not " + ShapeOf(logits));
   }
   if (biases != 0 && biases != experts) {
     return Invalid(op, "selection_bias must be [0] or [experts], not " + ShapeOf(selection_bias));
   }
   if (expert_ids->dimensions()[0] != tokens || weights->dimensions()[0] != tokens ||
       weights->dimensions()[1] != top_k) {
-    return Invalid(op, "the results must be [tokens, top_k], not " + ShapeOf(*expert_ids) + " and " +
-                           ShapeOf(*weights));
+    return Invalid(op, "the results must be [tokens, top_k], not " + ShapeOf(*expert_ids) +
+                           " and " + ShapeOf(*weights));
   }
   if (gating < 0 || gating > static_cast<int32_t>(Gating::kSqrtSoftplus)) {
     return Invalid(op, "unknown gating " + std::to_string(gating));
   }
   if (num_groups < 1 || experts % num_groups != 0 || num_groups_used < 1 ||
       num_groups_used > num_groups) {
-    return Invalid(op, "num_groups must divide the experts, and num_groups_used be in 1..num_groups");
+    return Invalid(op,
+                   "num_groups must divide the experts, and num_groups_used be in 1..num_groups");
   }
   if (top_k < 1 || top_k > experts / num_groups * num_groups_used) {
     return Invalid(op, "top_k " + std::to_string(top_k) + " is not in 1..the eligible experts");
   }
   return CudaError(
-      op, LaunchRoute({logits.typed_data(), biases == 0 ? nullptr : selection_bias.typed_data(),
-                       expert_ids->typed_data(), weights->typed_data(), tokens,
-                       static_cast<int32_t>(experts), static_cast<int32_t>(top_k),
-                       static_cast<Gating>(gating), normalize != 0, scale, num_groups,
-                       num_groups_used},
-                      stream));
+      op,
+      LaunchRoute({logits.typed_data(), biases == 0 ? nullptr : selection_bias.typed_data(),
+                   expert_ids->typed_data(), weights->typed_data(), tokens,
+                   static_cast<int32_t>(experts), static_cast<int32_t>(top_k),
+                   static_cast<Gating>(gating), normalize != 0, scale, num_groups, num_groups_used},
+                  stream));
 }
 
 ffi::Error Sort(cudaStream_t stream, S32Matrix expert_ids, ffi::Result<S32Matrix> sorted_token_ids,
@@ -57,17 +59,18 @@ ffi::Error Sort(cudaStream_t stream, S32Matrix expert_ids, ffi::Result<S32Matrix
     return Invalid(op, "takes at most 2^30 pairs a row and 1..8192 experts");
   }
   if (ShapeOf(*sorted_token_ids) != ShapeOf(expert_ids) ||
-      ShapeOf(*flat_expert_ids) != ShapeOf(expert_ids) || expert_offsets->dimensions()[0] != batch) {
+      ShapeOf(*flat_expert_ids) != ShapeOf(expert_ids) ||
+      expert_offsets->dimensions()[0] != batch) {
     return Invalid(op, "the results must be [batch, pairs] twice and [batch, experts + 1]");
   }
   for (int64_t b = 0; b < batch; ++b) {
     // With several segments the counts lie where the last kernel writes the sorted ids.
     int32_t* ids = flat_expert_ids->typed_data() + b * pairs;
-    const cudaError_t status = LaunchSort(
-        {expert_ids.typed_data() + b * pairs, pairs, static_cast<int32_t>(offsets - 1),
-         sorted_token_ids->typed_data() + b * pairs, ids, expert_offsets->typed_data() + b * offsets,
-         ids, nullptr, nullptr, 1},
-        stream);
+    const cudaError_t status =
+        LaunchSort({expert_ids.typed_data() + b * pairs, pairs, static_cast<int32_t>(offsets - 1),
+                    sorted_token_ids->typed_data() + b * pairs, ids,
+                    expert_offsets->typed_data() + b * offsets, ids, nullptr, nullptr, 1},
+                   stream);
     if (status != cudaSuccess) return CudaError(op, status);
   }
   return ffi::Error::Success();

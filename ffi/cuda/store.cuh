@@ -22,7 +22,8 @@ __device__ __forceinline__ void Store(void* y, int64_t index, Element type, floa
   }
 }
 
-// This block's tile; false where there is none. The grid has room for as many tiles as there can be.
+// This block's tile; false where there is none. The grid has room for as many tiles as there can
+// be.
 __device__ __forceinline__ bool FindTile(const Lists& lists, TokenTile* tile) {
   const int index = blockIdx.y + blockIdx.z * gridDim.y;
   if (index >= lists.max_tiles) return false;

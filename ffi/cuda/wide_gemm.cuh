@@ -1,7 +1,8 @@
 // Packed weights times many tokens of an expert: 128 weight rows a block, 32 or 128 tokens.
 //
 // Three stages run at once, one barrier a step of 64 columns: raw bytes and activations of later
-// steps are being copied, the next step's weights are decoded to int8, and this step's are multiplied.
+// steps are being copied, the next step's weights are decoded to int8, and this step's are
+// multiplied.
 #pragma once
 
 #include "ffi/cuda/packed_tile.cuh"
@@ -128,14 +129,15 @@ class WideBlock {
       const int chunk = step / Shape::kStepsAChunk;
       const int unit_of_chunk = step % Shape::kStepsAChunk * 2 + unit;
       const uint8_t* raw = m_.raw[chunk % 2] + row * Raw::kSlot +
-          (Raw::kAligned ? 0 : Shift<Raw>(decode_from_, chunk));
+                           (Raw::kAligned ? 0 : Shift<Raw>(decode_from_, chunk));
       const auto decoded = DecodeUnit<Format>(raw + unit_of_chunk / kUnitsABlock * Format::kBytes,
                                               unit_of_chunk % kUnitsABlock, q);
 #pragma unroll
       for (int i = 0; i < Shape::kGroups; ++i) scales.group[i] = decoded.scale(i);
       if constexpr (Format::kHasOffset) {
         offsets[0] = SplitBF16(decoded.offset(0));
-        offsets[1] = Shape::kGroups == 2 ? SplitBF16(decoded.offset(Shape::kGroups - 1)) : offsets[0];
+        offsets[1] =
+            Shape::kGroups == 2 ? SplitBF16(decoded.offset(Shape::kGroups - 1)) : offsets[0];
       }
     } else {
       reinterpret_cast<uint4*>(q)[0] = reinterpret_cast<uint4*>(q)[1] = uint4{};
@@ -181,7 +183,8 @@ class WideBlock {
   }
 
   // Adds offset * (sum of activations) over the four 16-column groups of a step with one product:
-  // lane t of a quad holds group t, and (o + o')(s + s') of its split factors takes its four columns.
+  // lane t of a quad holds group t, and (o + o')(s + s') of its split factors takes its four
+  // columns.
   __device__ __forceinline__ void MultiplyOffsets(int step, int used) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     uint32_t a[Shape::kRowTiles][4];

@@ -35,13 +35,58 @@ int64_t ValueColumns(const FfnShape& shape) { return std::max(2 * shape.d_expert
 }  // namespace
 
 CudaTile ChooseCudaTile(int64_t pairs, int64_t experts) {
-  const double mean = static_cast<double>(pairs) / static_cast<double>(std::max<int64_t>(experts, 1));
+  const double mean =
+      static_cast<double>(pairs) / static_cast<double>(std::max<int64_t>(experts, 1));
+  if (mean <= 1) return CudaTile::kVector;
   return mean <= 5 ? CudaTile::kNarrow : mean <= 40 ? CudaTile::kMedium : CudaTile::kWide;
+}
+
+CudaTileShape ShapeOfCudaTile(CudaTile tile, bool packed, Variant variant) {
+  if (!packed) return {16, tile == CudaTile::kVector || tile == CudaTile::kNarrow ? 8 : 64};
+  if (variant == Variant::kScalarGguf) return {16, 8};
+  switch (tile) {
+    case CudaTile::kVector:
+      return {8, 4};
+    case CudaTile::kNarrow:
+      return {16, 8};
+    case CudaTile::kMedium:
+      return {128, 32};
+    case CudaTile::kWide:
+      return {128, 128};
+  }
+  return {16, 8};
+}
+
+Kernel CudaKernel(bool is_ffn, Variant variant, bool packed, int x_type, int y_type, int64_t pairs,
+                  int64_t experts, int64_t workspace_bytes) {
+  const bool rounds = variant == Variant::kScalarGguf;
+  const CudaTile tile = ChooseCudaTile(pairs, experts);
+  const CudaTileShape shape = ShapeOfCudaTile(tile, packed, variant);
+  const bool vector = packed && !rounds && tile == CudaTile::kVector;
+  const auto element_bound = [](int type) {
+    return type == kF32 ? 1e-3 : type == kF16 ? 5e-4 : 2e-3;
+  };
+  Kernel kernel;
+  kernel.variant = variant;
+  kernel.name = rounds   ? "cuda_mma_int8"
+                : vector ? "cuda_dp4a_24bit"
+                : packed ? "cuda_mma_packed"
+                         : "cuda_mma_dense";
+  kernel.arch = "sm_80, sm_90a";
+  kernel.tile_rows = shape.rows;
+  kernel.tile_tokens = shape.tokens;
+  kernel.workspace_bytes = workspace_bytes;
+  kernel.accumulator = rounds || vector ? "int32 in a group, float32" : "float32";
+  kernel.deterministic = true;
+  kernel.rounds_activations = rounds;
+  kernel.error_bound = std::max(element_bound(x_type), element_bound(y_type));
+  if (rounds) kernel.error_bound = std::max(kernel.error_bound, is_ffn ? 2.4e-2 : 1.2e-2);
+  return kernel;
 }
 
 int ChooseCudaLogSplits(int64_t k) {
   const int64_t chunks = (k + 255) / 256;
-  return chunks >= 8 ? 2 : chunks >= 4 ? 1 : 0;
+  return chunks >= 3 ? 2 : chunks == 2 ? 1 : 0;
 }
 
 CudaGemmLayout LayoutCudaGemm(const GemmShape& shape, int64_t tokens) {
@@ -80,14 +125,15 @@ CudaFfnLayout LayoutCudaFfn(const FfnShape& shape, int64_t tokens) {
 
 Workspace CudaGemmWorkspace(const GemmShape& shape) {
   const int64_t rows = shape.rows_are_pairs ? shape.top_k : 1;
-  return {8 * kAlign + 4 * (shape.experts + 1) + kTileBytes * shape.experts + 4,
-          shape.top_k * (4 * 4 + kTileBytes / kCudaMinTileTokens) + rows * PreparedRowBytes(shape.k)};
+  return {
+      8 * kAlign + 4 * (shape.experts + 1) + kTileBytes * shape.experts + 4,
+      shape.top_k * (4 * 4 + kTileBytes / kCudaMinTileTokens) + rows * PreparedRowBytes(shape.k)};
 }
 
 Workspace CudaFfnWorkspace(const FfnShape& shape) {
   return {8 * kAlign + 4 * (shape.experts + 1) + kTileBytes * shape.experts + 4,
-          shape.top_k * (2 * 4 + kTileBytes / kCudaMinTileTokens + PreparedRowBytes(shape.d_expert) +
-                         4 * ValueColumns(shape)) +
+          shape.top_k * (2 * 4 + kTileBytes / kCudaMinTileTokens +
+                         PreparedRowBytes(shape.d_expert) + 4 * ValueColumns(shape)) +
               PreparedRowBytes(shape.d_model)};
 }
 

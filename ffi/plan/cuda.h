@@ -8,17 +8,31 @@
 namespace jax_moe::plan {
 
 // Kernels differ in how many tokens of an expert share one pass over its weights.
-enum class CudaTile : int { kNarrow = 0, kMedium = 1, kWide = 2 };
+enum class CudaTile : int { kVector = 0, kNarrow = 1, kMedium = 2, kWide = 3 };
 
 // From the mean number of pairs an expert: grids may depend on shapes only, not on the routing.
 CudaTile ChooseCudaTile(int64_t pairs, int64_t experts);
 
-// log2 of the warps that share 16 weight rows in a narrow kernel, of which a block has 4. Depends on K alone, so that a token's
-// result has the same bits whatever the batch.
+// Weight rows of a thread block and tokens of a tile.
+struct CudaTileShape {
+  int rows, tokens;
+};
+
+// Of the kernel that runs. q8_1 activations (kScalarGguf) have one kernel, dense weights two.
+CudaTileShape ShapeOfCudaTile(CudaTile tile, bool packed, Variant variant);
+
+// The kernel for an op; the arguments are those of CpuKernel, and the pairs and experts of the
+// problem. A wide tile needs more shared memory than GPUs before sm_80, and some after it, have:
+// there the next smaller one runs.
+Kernel CudaKernel(bool is_ffn, Variant variant, bool packed, int x_type, int y_type, int64_t pairs,
+                  int64_t experts, int64_t workspace_bytes);
+
+// log2 of the warps that share 16 weight rows in a narrow kernel, of which a block has 4. Depends
+// on K alone, so that a token's result has the same bits whatever the batch.
 int ChooseCudaLogSplits(int64_t k);
 
 // The fewest tokens a tile, which bounds the number of tiles.
-inline constexpr int64_t kCudaMinTileTokens = 8;
+inline constexpr int64_t kCudaMinTileTokens = 4;
 
 // Byte offsets of 256-byte aligned areas.
 struct CudaGemmLayout {
@@ -35,9 +49,9 @@ struct CudaGemmLayout {
 
 struct CudaFfnLayout {
   int64_t pairs, counts, offsets, tiles, num_tiles;  // as above
-  int64_t x;           // prepared activations of the tokens
-  int64_t h;           // prepared activations of the pairs
-  int64_t values;      // f32 [pairs, max(2 d_expert, d_model)]: gate and up, then down
+  int64_t x;                                         // prepared activations of the tokens
+  int64_t h;                                         // prepared activations of the pairs
+  int64_t values;  // f32 [pairs, max(2 d_expert, d_model)]: gate and up, then down
   int64_t bytes;
 };
 

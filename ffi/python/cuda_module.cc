@@ -18,7 +18,8 @@ using Handler = XLA_FFI_Error*(XLA_FFI_CallFrame*);
 nb::dict Bundle(Handler* execute, Handler* initialize = nullptr) {
   nb::dict bundle;
   bundle["execute"] = nb::capsule(reinterpret_cast<void*>(execute));
-  if (initialize != nullptr) bundle["initialize"] = nb::capsule(reinterpret_cast<void*>(initialize));
+  if (initialize != nullptr)
+    bundle["initialize"] = nb::capsule(reinterpret_cast<void*>(initialize));
   return bundle;
 }
 

@@ -11,7 +11,8 @@
 #include "ffi/cpu/handlers.h"
 #include "ffi/cpu/kernels.h"
 #include "ffi/cpu/route_handlers.h"
-#include "ffi/plan/plan.h"
+#include "ffi/plan/cpu.h"
+#include "ffi/plan/cuda.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace nb = nanobind;
@@ -72,7 +73,20 @@ int ElementType(const std::string& dtype) {
   return kF32;
 }
 
-nb::dict Describe(const plan::Kernel& kernel) {
+bool IsPacked(int format) {
+  return format >= 0 && format != kF32 && format != kF16 && format != kBF16;
+}
+
+nb::dict Describe(const std::string& platform, bool is_ffn, int variant, int format,
+                  const std::string& x_dtype, const std::string& y_dtype, int64_t pairs,
+                  int64_t experts, int64_t workspace_bytes) {
+  const Variant asked = static_cast<Variant>(variant);
+  const int x = ElementType(x_dtype), y = ElementType(y_dtype);
+  const plan::Kernel kernel =
+      platform == "cpu"
+          ? plan::CpuKernel(is_ffn, asked, IsPacked(format), x, y, workspace_bytes)
+          : plan::CudaKernel(is_ffn, asked, IsPacked(format), x, y, pairs, experts,
+                             workspace_bytes);
   nb::dict info;
   info["kernel"] = kernel.name;
   info["architecture"] = kernel.arch;
@@ -82,10 +96,6 @@ nb::dict Describe(const plan::Kernel& kernel) {
   info["deterministic"] = kernel.deterministic;
   info["error_bound"] = kernel.error_bound;
   return info;
-}
-
-bool IsPacked(int format) {
-  return format >= 0 && format != kF32 && format != kF16 && format != kBF16;
 }
 
 }  // namespace
@@ -112,27 +122,27 @@ NB_MODULE(_native, m) {
       "top_k"_a, "experts"_a, "d_model"_a, "d_expert"_a);
   m.def(
       "describe_gemm",
-      [](int64_t tokens, int64_t top_k, int64_t experts, int64_t n, int64_t k, bool rows_are_pairs,
-         int format, int variant, const std::string& x_dtype, const std::string& y_dtype) {
+      [](const std::string& platform, int64_t tokens, int64_t top_k, int64_t experts, int64_t n,
+         int64_t k, bool rows_are_pairs, int format, int variant, const std::string& x_dtype,
+         const std::string& y_dtype) {
         const int64_t bytes =
             plan::GemmWorkspace({top_k, experts, n, k, rows_are_pairs}).Bytes(tokens);
-        return Describe(plan::CpuKernel(false, static_cast<Variant>(variant), IsPacked(format),
-                                        ElementType(x_dtype), ElementType(y_dtype), bytes));
+        return Describe(platform, false, variant, format, x_dtype, y_dtype, tokens * top_k, experts,
+                        bytes);
       },
-      "tokens"_a, "top_k"_a, "experts"_a, "n"_a, "k"_a, "rows_are_pairs"_a, "format"_a, "variant"_a,
-      "x_dtype"_a, "y_dtype"_a);
+      "platform"_a, "tokens"_a, "top_k"_a, "experts"_a, "n"_a, "k"_a, "rows_are_pairs"_a,
+      "format"_a, "variant"_a, "x_dtype"_a, "y_dtype"_a);
   m.def(
       "describe_ffn",
-      [](int64_t tokens, int64_t top_k, int64_t experts, int64_t d_model, int64_t d_expert,
-         int down_format, int variant, const std::string& x_dtype) {
-        const int64_t bytes =
-            plan::FfnWorkspace({top_k, experts, d_model, d_expert}).Bytes(tokens);
-        const int type = ElementType(x_dtype);
-        return Describe(plan::CpuKernel(true, static_cast<Variant>(variant), IsPacked(down_format),
-                                        type, type, bytes));
+      [](const std::string& platform, int64_t tokens, int64_t top_k, int64_t experts,
+         int64_t d_model, int64_t d_expert, int down_format, int variant,
+         const std::string& x_dtype) {
+        const int64_t bytes = plan::FfnWorkspace({top_k, experts, d_model, d_expert}).Bytes(tokens);
+        return Describe(platform, true, variant, down_format, x_dtype, x_dtype, tokens * top_k,
+                        experts, bytes);
       },
-      "tokens"_a, "top_k"_a, "experts"_a, "d_model"_a, "d_expert"_a, "down_format"_a, "variant"_a,
-      "x_dtype"_a);
+      "platform"_a, "tokens"_a, "top_k"_a, "experts"_a, "d_model"_a, "d_expert"_a,
+      "down_format"_a, "variant"_a, "x_dtype"_a);
 }
 
 }  // namespace jax_moe

@@ -1,0 +1,40 @@
+// moe_ffn as a sequence of launches.
+#pragma once
+
+#include <optional>
+
+#include "ffi/cuda/check.h"
+#include "ffi/cuda/dispatch.h"
+#include "ffi/cuda/prepare.h"
+
+namespace jax_moe::cuda {
+
+// The problem once its operands have been read.
+struct Ffn {
+  Element type;  // of x and y
+  const void* x;
+  void* y;
+  const int32_t* expert_ids;
+  const float* weights;
+  int64_t tokens, pairs, d_model, d_expert;
+  int32_t top_k, experts;
+  std::optional<Weight> gate, up;  // merged: gate alone, with the rows of both
+  Weight down;
+  bool merged, weights_before;
+  Variant variant;
+  Projection gate_projection, up_projection, down_projection;
+  Activation activation;
+  float limit, beta, linear_beta;
+  uint8_t* memory;
+  plan::CudaFfnLayout layout;
+
+  int32_t* Ints(int64_t offset) const { return reinterpret_cast<int32_t*>(memory + offset); }
+  TokenTile* Tiles() const { return reinterpret_cast<TokenTile*>(memory + layout.tiles); }
+  float* Values() const { return reinterpret_cast<float*>(memory + layout.values); }
+  plan::CudaTile Tile() const { return plan::ChooseCudaTile(pairs, experts); }
+};
+
+// Lists, prepared tokens, gate and up, prepared h, down, the sum over slots.
+cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream);
+
+}  // namespace jax_moe::cuda

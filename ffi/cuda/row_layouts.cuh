@@ -1,0 +1,175 @@
+// How prepared rows are written: one function a Layout.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "ffi/cuda/prepare.h"
+#include "ffi/cuda/row_sources.cuh"
+#include "ffi/cuda/split.cuh"
+
+namespace jax_moe::cuda {
+
+__device__ __forceinline__ float MaxWithNan(float a, float b) { return a > b || a != a ? a : b; }
+
+// Eight values of a row that stand next to each other in the layout. In lane order, lane t of a
+// quad has columns 4t .. 4t + 3 and 16 + 4t .. 16 + 4t + 3 of every 32.
+struct Group {
+  int64_t index;
+  bool inside;  // false: past the end of the row; takes part in exchanges only
+  bool lanes;
+  float v[8];
+
+  // The columns of v[0 .. 3] and v[4 .. 7] begin here.
+  __device__ int64_t Column(int half) const {
+    if (!lanes) return index * 8 + half * 4;
+    return index / 4 * 32 + index % 4 * 4 + half * 16;
+  }
+  template <typename Rows>
+  __device__ void Load(const Rows& rows, int64_t row, int64_t columns) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int64_t column = Column(half);
+      Four four = {};
+      if (inside && columns % 4 == 0) {
+        if (column < columns) four = rows.At4(row, column);
+      } else if (inside) {
+        for (int i = 0; i < 4; ++i)
+          four.v[i] = column + i < columns ? rows.At(row, column + i) : 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) v[4 * half + i] = four.v[i];
+    }
+  }
+  __device__ float Max() const {
+    float max = 0;
+    for (const float x : v) max = MaxWithNan(fabsf(x), max);
+    return max;
+  }
+};
+
+__device__ __forceinline__ uint32_t PackHalves(float a, float b) {
+  const half2 h = __floats2half2_rn(a, b);
+  return *reinterpret_cast<const uint32_t*>(&h);
+}
+
+__device__ __forceinline__ float SumHalves(uint32_t packed) {
+  const float2 f = __half22float2(*reinterpret_cast<const half2*>(&packed));
+  return f.x + f.y;
+}
+
+// A prepared row, writable.
+struct OutRow {
+  Layout layout;
+  int64_t units;  // of 32 columns
+  uint8_t* values;
+  float* scales;
+  uint32_t* sums;
+};
+
+__device__ __forceinline__ void WriteHalves(const OutRow& out, const Group& group, float factor) {
+  const float (&v)[8] = group.v;
+  const uint4 packed = {
+      PackHalves(v[0] * factor, v[1] * factor), PackHalves(v[2] * factor, v[3] * factor),
+      PackHalves(v[4] * factor, v[5] * factor), PackHalves(v[6] * factor, v[7] * factor)};
+  if (group.inside) reinterpret_cast<uint4*>(out.values)[group.index] = packed;
+  if (out.layout != Layout::kF16Lanes) return;
+  float2 sum = {SumHalves(packed.x) + SumHalves(packed.y),
+                SumHalves(packed.z) + SumHalves(packed.w)};
+  for (int d = 1; d < 4; d *= 2) {
+    sum.x += __shfl_xor_sync(0xffffffffu, sum.x, d);
+    sum.y += __shfl_xor_sync(0xffffffffu, sum.y, d);
+  }
+  if (group.inside && group.index % 4 == 0) {
+    reinterpret_cast<uint2*>(out.sums)[group.index / 4] =
+        make_uint2(SplitBF16(sum.x), SplitBF16(sum.y));
+  }
+}
+
+// q8_1: d = max / 127 over 32 columns, q = x / d rounded half away from zero.
+__device__ __forceinline__ void WriteS8(const OutRow& out, const Group& group) {
+  float max = group.Max();
+  for (int d = 1; d < 4; d *= 2) max = MaxWithNan(__shfl_xor_sync(0xffffffffu, max, d), max);
+  const float scale = max / 127.0f;
+  uint32_t words[2] = {};
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const bool finite = scale > 0 && scale < INFINITY;
+    const int q = finite ? static_cast<int>(roundf(group.v[i] / scale)) : 0;
+    words[i / 4] |= static_cast<uint32_t>(q & 0xff) << 8 * (i % 4);
+  }
+  if (!group.inside) return;
+  reinterpret_cast<uint2*>(out.values)[group.index] = make_uint2(words[0], words[1]);
+  if (group.index % 4 == 0) out.scales[group.index / 4] = scale;
+}
+
+// Signed bytes of an integer below 2^22 in magnitude, lowest first: bytes[0] + 256 bytes[1] + 65536
+// bytes[2].
+__device__ __forceinline__ void SplitBytes(int x, int (&bytes)[3]) {
+  for (int i = 0; i < 3; ++i) {
+    bytes[i] = static_cast<int8_t>(x & 0xff);
+    x = (x - bytes[i]) >> 8;
+  }
+}
+
+__device__ __forceinline__ void WritePlanes(const OutRow& out, const Group& group) {
+  float max = group.Max();
+  for (int d = 1; d < 4; d *= 2) max = MaxWithNan(__shfl_xor_sync(0xffffffffu, max, d), max);
+  // Brings the largest magnitude to 2^21 .. 2^22; not finite: the scale tells.
+  const bool finite = max < INFINITY;
+  const int exponent = finite && max > 0 ? min(21 - ilogbf(max), 126) : 0;
+  const float factor = finite ? ldexpf(1.0f, exponent) : 0.0f;
+  uint32_t planes[3][2] = {};
+  int sum = 0;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const int x = finite ? __float2int_rn(group.v[i] * factor) : 0;
+    sum += x;
+    int bytes[3];
+    SplitBytes(x, bytes);
+    for (int p = 0; p < 3; ++p) {
+      planes[p][i / 4] |= static_cast<uint32_t>(bytes[2 - p] & 0xff) << 8 * (i % 4);
+    }
+  }
+  sum += __shfl_xor_sync(0xffffffffu, sum, 1);
+  const int other_sum = __shfl_xor_sync(0xffffffffu, sum, 2);
+  if (!group.inside) return;
+  const int64_t unit = group.index / 4, quarter = group.index % 4;
+  for (int p = 0; p < 3; ++p) {
+    const int64_t piece = (2 * p + quarter / 2) * out.units + unit;
+    reinterpret_cast<uint2*>(out.values)[2 * piece + quarter % 2] =
+        make_uint2(planes[p][0], planes[p][1]);
+  }
+  if (quarter == 0) {
+    const float scale = finite ? ldexpf(1.0f, -exponent) : NAN;
+    reinterpret_cast<float4*>(out.values)[6 * out.units + unit] =
+        make_float4(scale, static_cast<float>(sum), static_cast<float>(other_sum), 0.0f);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ void WriteAs(const OutRow& out, const Group& group) {
+  if (!group.inside) return;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    reinterpret_cast<T*>(out.values)[group.index * 8 + i] = static_cast<T>(group.v[i]);
+  }
+}
+
+__device__ __forceinline__ void Write(const OutRow& out, const Group& group, float factor) {
+  switch (out.layout) {
+    case Layout::kF16Lanes:
+    case Layout::kF16:
+      return WriteHalves(out, group, factor);
+    case Layout::kS8Lanes:
+      return WriteS8(out, group);
+    case Layout::kPlanes:
+      return WritePlanes(out, group);
+    case Layout::kBF16:
+      return WriteAs<__nv_bfloat16>(out, group);
+    case Layout::kF32:
+      return WriteAs<float>(out, group);
+  }
+}
+
+}  // namespace jax_moe::cuda
