@@ -2,10 +2,10 @@
 
     python benchmarks/moe_ffn.py --models qwen3-30b-a3b --formats Q4_K,Q6_K --tokens 1,16,256
 
-A measured program is one jitted chain of layers with different weights, so that the L2 cache does not
-serve them. A row's bound is the larger of the bytes of the experts that its routing really uses over
-the read bandwidth, and the operations over the rate of a large bf16 product, both measured in the same
-run. Rows that the JSON file already holds for a model, format, routing and number of tokens are skipped.
+A measured program is one jitted chain of layers with different weights, so that the L2 cache does
+not serve them. A row's bound is the larger of the bytes of the experts that its routing really uses
+over the read bandwidth, and the operations over the rate of a large bf16 product, both measured in
+the same run. Rows that the JSON file already holds are skipped.
 """
 
 import argparse
@@ -60,7 +60,8 @@ def median_time(call, repeats: int = 5, seconds: float = 0.15) -> float:
 def ceilings() -> dict[str, float]:
     """Read bandwidth in bytes a second, and the rate of a bf16 product in operations a second."""
     words = jnp.ones((1 << 30,), jnp.float32)
-    read = words.nbytes / median_time(lambda total=jax.jit(jnp.sum): total(words))
+    total = jax.jit(jnp.sum)
+    read = words.nbytes / median_time(lambda: total(words))
     n = 8192
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
     product = jax.jit(jnp.matmul)
@@ -121,7 +122,11 @@ def measure(model: Model, layers, tokens: int, routing: str, dtype, variant) -> 
     seconds = median_time(lambda: chain(x, routings, layers)) / (rounds * len(layers))
     active = np.mean([len(np.unique(layer_ids)) for layer_ids in ids])
     flop = 6 * tokens * model.top_k * model.d_model * model.d_expert
-    return {"seconds": seconds, "bytes": layer_bytes(layers[0]) * active / model.experts, "flop": flop}
+    return {
+        "seconds": seconds,
+        "bytes": layer_bytes(layers[0]) * active / model.experts,
+        "flop": flop,
+    }
 
 
 def ragged_dot_seconds(model: Model, tokens: int) -> float:
@@ -182,7 +187,9 @@ def main() -> None:
         f"{device}: read {limits['read_bytes_per_s'] / 1e12:.2f} TB/s, "
         f"bf16 product {limits['bf16_flop_per_s'] / 1e12:.0f} TFLOP/s"
     )
-    print(f"{'model':14} {'format':11} {'tokens':>6} {'us/layer':>9} {'bound us':>9} {'fraction':>8}")
+    print(
+        f"{'model':14} {'format':11} {'tokens':>6} {'us/layer':>9} {'bound us':>9} {'fraction':>8}"
+    )
     names = list(MODELS) if args.models == "all" else args.models.split(",")
     for name in names:
         model = MODELS[name]
@@ -208,7 +215,9 @@ def main() -> None:
                 row = key | measure(model, layers, tokens, args.routing, args.dtype, variant)
                 memory = row["bytes"] / limits["read_bytes_per_s"]
                 bound = max(memory, row["flop"] / limits["bf16_flop_per_s"])
-                row |= limits | asdict(model) | {"device": device, "fraction": bound / row["seconds"]}
+                row |= (
+                    limits | asdict(model) | {"device": device, "fraction": bound / row["seconds"]}
+                )
                 if args.ragged_dot:
                     row["ragged_dot_seconds"] = ragged_dot_seconds(model, tokens)
                 rows.append(row)

@@ -29,6 +29,8 @@ from jax_moe._variants import MoEVariant
 
 _ROUTINGS = 16
 _TILE_ROWS = 32
+_REST_SECONDS = 0.005
+_IN_A_ROW = 4
 
 
 def main(argv: Sequence[str]) -> int:
@@ -186,16 +188,20 @@ def _measure(layer: _Layer, tokens: int, options: argparse.Namespace) -> dict[st
     times: dict[str, list[float]] = {name: [] for name in contenders}
     until = time.perf_counter() + options.seconds
     repetition = 0
-    while time.perf_counter() < until or repetition < 3:
+    while time.perf_counter() < until or repetition < 3 * _IN_A_ROW:
         for name, run in contenders.items():
-            if ggml is not None and name == "ggml":
-                ggml.resume()
-            start = time.perf_counter()
-            run(repetition % _ROUTINGS)
-            times[name].append(time.perf_counter() - start)
-            if ggml is not None and name == "ggml":
-                ggml.pause()
-        repetition += 1
+            # The threads of the one before go on looking for work for a while, then sleep.
+            time.sleep(_REST_SECONDS)
+            if name == "ggml":
+                ggml.resume()  # type: ignore[union-attr]
+            run((repetition - 1) % _ROUTINGS)  # wakes its own threads
+            for i in range(repetition, repetition + _IN_A_ROW):
+                start = time.perf_counter()
+                run(i % _ROUTINGS)
+                times[name].append(time.perf_counter() - start)
+            if name == "ggml":
+                ggml.pause()  # type: ignore[union-attr]
+        repetition += _IN_A_ROW
     if ggml is not None:
         ggml.close()
     median = {name: statistics.median(values) for name, values in times.items()}

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.gpu
 
 # Tokens, experts, slots, d_model and d_expert at least.
 SHAPES = {
+    "vector": (4, 7, 2, 300, 200),
     "narrow": (6, 5, 2, 300, 200),
     "medium": (40, 6, 3, 96, 160),
     "wide": (150, 3, 2, 280, 90),
@@ -101,12 +102,15 @@ def test_gated_activations_with_biases_and_scales(activation, merged):
     scale = [rng.uniform(0.5, 2, num_experts) for _ in range(3)]
     if merged:
         scale[1] = scale[0]
-        extra = dict(
-            gate_up_bias=np.concatenate(bias[:2], axis=1), gate_up_scale=scale[0]
-        )
+        extra = {"gate_up_bias": np.concatenate(bias[:2], axis=1), "gate_up_scale": scale[0]}
     else:
-        extra = dict(gate_bias=bias[0], up_bias=bias[1], gate_scale=scale[0], up_scale=scale[1])
-    extra |= dict(down_bias=bias[2], down_scale=scale[2])
+        extra = {
+            "gate_bias": bias[0],
+            "up_bias": bias[1],
+            "gate_scale": scale[0],
+            "up_scale": scale[1],
+        }
+    extra |= {"down_bias": bias[2], "down_scale": scale[2]}
     fields = {name: getattr(experts, name) for name in ("gate", "up", "gate_up", "down")}
     experts = Experts(**fields, **{k: jnp.asarray(v, jnp.float32) for k, v in extra.items()})
     check(
@@ -115,7 +119,7 @@ def test_gated_activations_with_biases_and_scales(activation, merged):
         experts,
         exact,
         cases.bound("float32"),
-        dict(bias=bias, scale=scale),
+        {"bias": bias, "scale": scale},
         activation=activation,
         activation_limit=LIMIT.get(activation),
         activation_betas=(1.5, 2.5) if activation == "situ" else None,

@@ -56,7 +56,7 @@ def test_scalar_gguf(format_name, kernel):
     x, weight, exact, dispatch, _ = cases.gemm_problem(format_name, shape)
     x = jnp.asarray(x, jnp.float32)
     ids = dispatch.sorted_token_ids, dispatch.flat_expert_ids
-    options = dict(top_k=shape[4], variant=MoEVariant.SCALAR_GGUF)
+    options = {"top_k": shape[4], "variant": MoEVariant.SCALAR_GGUF}
     y = check(x, weight, exact, *ids, oracle.Q8_1_BOUND, **options)
     reference = jax_moe.moe_gemm(x, weight, *ids, implementation="reference", **options)
     # The same rounding, not only the same bound.
@@ -70,9 +70,7 @@ def test_wmma_gguf(format_name, dtype):
     x, weight, exact, dispatch, _ = cases.gemm_problem(format_name, shape)
     x = jnp.asarray(x, dtype)
     ids = dispatch.sorted_token_ids, dispatch.flat_expert_ids
-    y = check(
-        x, weight, exact, *ids, cases.bound(dtype), top_k=1, variant=MoEVariant.WMMA_GGUF
-    )
+    y = check(x, weight, exact, *ids, cases.bound(dtype), top_k=1, variant=MoEVariant.WMMA_GGUF)
     assert y.dtype == jnp.float32
 
 

@@ -1,4 +1,4 @@
-"""route and sort_by_expert on an NVIDIA GPU against the reference, and dequantisation bit by bit."""
+"""route and sort_by_expert on an NVIDIA GPU, and dequantisation bit by bit."""
 
 import cuda_cases as cases
 import jax
@@ -23,7 +23,7 @@ def test_route(gating, experts, top_k, biased, tokens):
     rng = np.random.default_rng(0)
     logits = jnp.asarray(rng.standard_normal((tokens, experts)), jnp.float32)
     bias = jnp.asarray(rng.standard_normal(experts) * 0.1, jnp.float32) if biased else None
-    options = dict(gating=gating, selection_bias=bias, scale=2.5)
+    options = {"gating": gating, "selection_bias": bias, "scale": 2.5}
     ours = jax_moe.route(logits, top_k, **options)
     reference = jax_moe.route(logits, top_k, implementation="reference", **options)
     np.testing.assert_array_equal(ours.expert_ids, reference.expert_ids)
@@ -33,7 +33,7 @@ def test_route(gating, experts, top_k, biased, tokens):
 @pytest.mark.parametrize("groups, used", ((8, 4), (8, 1), (2, 2), (64, 9)))
 def test_route_in_groups(groups, used):
     logits = jnp.asarray(np.random.default_rng(1).standard_normal((40, 256)), jnp.float32)
-    options = dict(gating="sigmoid", num_groups=groups, num_groups_used=used)
+    options = {"gating": "sigmoid", "num_groups": groups, "num_groups_used": used}
     ours = jax_moe.route(logits, 4, **options)
     reference = jax_moe.route(logits, 4, implementation="reference", **options)
     np.testing.assert_array_equal(ours.expert_ids, reference.expert_ids)

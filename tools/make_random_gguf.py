@@ -3,10 +3,10 @@
     python tools/make_random_gguf.py OUT.gguf --model qwen3-30b-a3b            # 18 GB
     python tools/make_random_gguf.py OUT.gguf --model gpt-oss-20b --layers 4
 
-For measuring speed and memory where no real model is at hand: it has no vocabulary, takes token ids,
-and its text means nothing. Blocks hold random bits under scales that give weights of a standard
-deviation of 1 / sqrt(K), so activations stay near 1. Formats are those of llama.cpp's Q4_K_M for
-Qwen3, and of the published gpt-oss files (MXFP4 experts, Q8_0 for the rest).
+For measuring speed and memory where no real model is at hand: it has no vocabulary, takes token
+ids, and gives tokens that mean nothing. Blocks hold random bits under scales that give weights of a
+standard deviation of 1 / sqrt(K), so activations stay near 1. Formats are those of llama.cpp's
+Q4_K_M for Qwen3, and of the published gpt-oss files (MXFP4 experts, Q8_0 for the rest).
 
 Tensors are written one by one; needs only NumPy and the gguf package.
 """

@@ -1,0 +1,145 @@
+"""Reads a whole model from a GGUF file: shapes and rules from its keys, tensors by their names."""
+
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from attention import Rope
+from transformer import Config, Layer, Linear, Transformer
+
+import jax_moe
+
+# The norm before the MoE block, by architecture.
+MOE_NORM = {"qwen3moe": "ffn_norm", "gpt-oss": "post_attention_norm"}
+
+
+def load_transformer(
+    file: jax_moe.GGUFFile, *, dtype: str = "float32", device: jax.Device | None = None
+) -> Transformer:
+    """Loads a Qwen3-MoE or gpt-oss model.
+
+    Layers go to the device one by one, so a model may be larger than the host's memory. On the CPU
+    they may be views of the file, which is then not copied at all.
+
+    Args:
+      file: an open model.
+      dtype: "float32", "bfloat16" or "float16", of activations and of the KV cache.
+      device: where to put the weights; JAX's default device if None.
+
+    Raises:
+      ValueError: the architecture is another one, a tensor is missing, or a layer cannot be run.
+    """
+    return _Reader(file, dtype, device).transformer()
+
+
+class _Reader:
+    def __init__(self, file: jax_moe.GGUFFile, dtype: str, device: jax.Device | None):
+        if file.architecture not in MOE_NORM:
+            known = ", ".join(MOE_NORM)
+            raise ValueError(f"architecture {file.architecture!r} is not one of {known}.")
+        self.file = file
+        self.dtype = dtype
+        self.device = device
+
+    def transformer(self) -> Transformer:
+        num_layers = self.key("block_count")
+        layers = []
+        for i in range(num_layers):
+            layers.append(self.layer(i))
+            if sys.stderr.isatty():
+                print(f"\rloaded layer {i + 1} of {num_layers}", end="", file=sys.stderr)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        embedding = self.linear("token_embd")
+        # A model without an output matrix uses the embedding's.
+        tied = "output.weight" not in self.file.tensors
+        return Transformer(
+            embedding=embedding,
+            layers=layers,
+            output_norm=self.vector("output_norm.weight"),
+            output=embedding if tied else self.linear("output"),
+            config=self.config(),
+        )
+
+    def key(self, name: str, default: Any = None) -> Any:
+        """The value of a key of the architecture, like "qwen3moe.block_count"."""
+        name = f"{self.file.architecture}.{name}"
+        value = self.file.metadata.get(name, default)
+        if value is None:
+            raise ValueError(f"{self.file.path}: key {name!r} is missing.")
+        return value
+
+    def config(self) -> Config:
+        num_heads = self.key("attention.head_count")
+        head_dim = self.key("attention.key_length", self.key("embedding_length") // num_heads)
+        rotated = self.key("rope.dimension_count", head_dim)
+        if rotated != head_dim or self.key("attention.value_length", head_dim) != head_dim:
+            raise ValueError(f"{self.file.path}: keys, values and rotation differ in width.")
+        return Config(
+            num_heads=num_heads,
+            num_kv_heads=self.key("attention.head_count_kv", num_heads),
+            head_dim=head_dim,
+            rope=self.rope(),
+            norm_eps=self.key("attention.layer_norm_rms_epsilon"),
+            dtype=self.dtype,
+        )
+
+    def rope(self) -> Rope:
+        scaling = self.key("rope.scaling.type", "linear")
+        if scaling not in ("none", "linear", "yarn"):
+            raise ValueError(f"{self.file.path}: no code for {scaling!r} scaling of positions.")
+        return Rope(
+            base=self.key("rope.freq_base", 10000.0),
+            factor=1.0 if scaling == "none" else self.key("rope.scaling.factor", 1.0),
+            yarn=scaling == "yarn",
+            original_context=self.key(
+                "rope.scaling.original_context_length", self.key("context_length")
+            ),
+            scale=self.key("rope.scaling.attn_factor", 1.0),
+        )
+
+    def window(self, layer: int) -> int | None:
+        """gpt-oss has a window in its even layers, unless the file tells otherwise."""
+        if self.file.architecture != "gpt-oss":
+            return None
+        pattern = self.key("attention.sliding_window_pattern", 2)
+        if isinstance(pattern, int):  # all but the last of so many layers
+            windowed = pattern == 0 or layer % pattern < pattern - 1
+        else:
+            windowed = bool(pattern[layer])
+        return self.key("attention.sliding_window") if windowed else None
+
+    def layer(self, i: int) -> Layer:
+        moe, moe_config = self.file.load(i, self.device, progress=False)
+        prefix = f"blk.{i}"
+        return Layer(
+            attention_norm=self.vector(f"{prefix}.attn_norm.weight"),
+            q=self.linear(f"{prefix}.attn_q"),
+            k=self.linear(f"{prefix}.attn_k"),
+            v=self.linear(f"{prefix}.attn_v"),
+            o=self.linear(f"{prefix}.attn_output"),
+            moe_norm=self.vector(f"{prefix}.{MOE_NORM[self.file.architecture]}.weight"),
+            moe=moe,
+            q_norm=self.optional(f"{prefix}.attn_q_norm.weight"),
+            k_norm=self.optional(f"{prefix}.attn_k_norm.weight"),
+            sinks=self.optional(f"{prefix}.attn_sinks.weight"),
+            moe_config=moe_config,
+            window=self.window(i),
+        )
+
+    def linear(self, name: str) -> Linear:
+        weight = self.file.load_tensor(f"{name}.weight", self.device, progress=False)
+        if not isinstance(weight, jax_moe.PackedExperts):
+            weight = weight[None]
+        return Linear(weight, self.optional(f"{name}.bias"))
+
+    def optional(self, name: str) -> jax.Array | None:
+        return self.vector(name) if name in self.file.tensors else None
+
+    def vector(self, name: str) -> jax.Array:
+        """A norm, bias or sink. Such small tensors are never packed."""
+        tensor = self.file.load_tensor(name, self.device, progress=False)
+        if isinstance(tensor, jax_moe.PackedExperts):
+            raise ValueError(f"{self.file.path}: tensor {name!r} is packed.")
+        return tensor.astype(jnp.float32)

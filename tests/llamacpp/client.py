@@ -1,0 +1,107 @@
+"""The tests' side of `server.py`, and models made whole with its help."""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from make_gguf import Tensor, Weights, write_gguf
+
+REPOSITORY = Path(__file__).parents[2]
+PYTHON = os.environ.get("LLAMA_CPP_PYTHON", str(REPOSITORY / ".venv-llamacpp/bin/python"))
+
+_MISSING = re.compile(r"tensor '([^']+)' not found")
+_SHAPE = re.compile(r"tensor '([^']+)' has wrong shape; expected ([\d, ]+), got")
+
+
+class LlamaCppError(Exception):
+    """llama.cpp refused a model, or died of it."""
+
+
+class LlamaCpp:
+    """A running server."""
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        self._process: subprocess.Popen[str] | None = None
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.communicate()
+            self._process = None
+
+    def _ask(self, request: Mapping[str, object]) -> None:
+        log = self._directory / "stderr.txt"
+        if self._process is None:
+            with log.open("w") as stderr:
+                self._process = subprocess.Popen(
+                    [PYTHON, Path(__file__).with_name("server.py")],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=stderr,
+                    text=True,
+                    env=os.environ | {"GGML_NO_BACKTRACE": "1"},
+                )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            self.close()
+            raise LlamaCppError("llama.cpp died\n" + log.read_text()[-2000:])
+        if error := json.loads(line).get("error"):
+            raise LlamaCppError(error)
+
+    def load(self, model: Path) -> None:
+        """Raises LlamaCppError if llama.cpp cannot load the model."""
+        self._ask({"model": str(model)})
+
+    def run(self, model: Path, tokens: list[int]) -> dict[str, np.ndarray]:
+        """What the nodes of the graph computed, as `server.Recorder` names them."""
+        save = self._directory / "nodes.npz"
+        self._ask({"model": str(model), "tokens": tokens, "save": str(save)})
+        with np.load(save) as arrays:
+            return dict(arrays)
+
+    def write_whole(
+        self,
+        path: Path,
+        architecture: str,
+        keys: Mapping[str, object],
+        tensors: Mapping[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Writes a model with all tensors that llama.cpp wants, and returns them.
+
+        Those that are missing are random, of the shapes that llama.cpp's messages ask for.
+        """
+        weights, whole = Weights(seed=5), dict(tensors)
+        while True:
+            write_gguf(path, architecture, keys, whole)
+            try:
+                self.load(path)
+                return whole
+            except LlamaCppError as error:
+                text = str(error)
+            if shape := _SHAPE.search(text):
+                name, axes = shape[1], [int(n) for n in shape[2].split(",")]
+                if name in tensors:
+                    raise LlamaCppError(text)
+                while len(axes) > 1 and axes[-1] == 1:
+                    axes.pop()
+                whole[name] = weights(*axes[::-1]) if len(axes) > 1 else _vector(weights, name, axes[0])
+            elif (missing := _MISSING.search(text)) and missing[1] not in whole:
+                whole[missing[1]] = np.ones(1, np.float32)
+            else:
+                raise LlamaCppError(text)
+
+
+def _vector(weights: Weights, name: str, size: int) -> np.ndarray:
+    values = weights(size) * np.float32(size**0.5)
+    if "norm" in name and name.endswith(".weight"):
+        return 1 + np.float32(0.2) * values
+    if "ssm_a" in name:  # a decay
+        return -np.exp(values)
+    return np.float32(0.1) * values
