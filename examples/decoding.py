@@ -134,7 +134,7 @@ class Generator:
         """
         end = np.int32(self.prompt_length + self.max_tokens - 1)  # the last token is never run
         yield np.atleast_1d(state.token)[: int(not state.stopped)]
-        running = collections.deque()
+        running: collections.deque[tuple[Array, Array]] = collections.deque()
         for _ in range(math.ceil((self.max_tokens - 1) / self.stream)):
             # This returns at once. A loop that has stopped does nothing when it is started again.
             state, tokens, count = self._decode(self.model, state, end, self.stop_tokens)

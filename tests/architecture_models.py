@@ -270,7 +270,7 @@ MODELS = {
     "glm4moe": v3("glm4moe", {"expert_gating_func": 0}),
     "glm5-next": v3("glm5-next", {"swiglu_clamp_exp": 0.25}),
     "bailingmoe3": v3("bailingmoe3", CLAMPS),
-    "hy_v3": v3("hy_v3", bias="exp_probs_b", merged=True, form="F32"),
+    "hy_v3": v3("hy_v3", bias="exp_probs_b", merged=True),
     "hy_v4": v3("hy_v4", CLAMPS),
     "step35": v3("step35", CLAMPS),
     "step35, the other layer": v3("step35", CLAMPS | {"swiglu_clamp_exp": 0.0}, moe_layers=(0,)),

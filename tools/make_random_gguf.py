@@ -4,8 +4,9 @@
     python tools/make_random_gguf.py OUT.gguf --model gpt-oss-20b --layers 4
 
 For measuring speed and memory where no real model is at hand: it has no vocabulary, takes token
-ids, and gives tokens that mean nothing. Blocks hold random bits under scales that give weights of a
-standard deviation of 1 / sqrt(K), so activations stay near 1. Formats are those of llama.cpp's
+ids, and gives tokens that mean nothing. Weights are as models have them before training: their
+deviation is 1 / sqrt(K), less by sqrt(2 layers) where a layer adds to the residual stream, and 1 in
+the embedding. Blocks hold random bits under scales that give that. Formats are those of llama.cpp's
 Q4_K_M for Qwen3, and of the published gpt-oss files (MXFP4 experts, Q8_0 for the rest).
 
 Tensors are written one by one; needs only NumPy and the gguf package.
@@ -53,11 +54,12 @@ MODELS = {
 
 
 class Tensor(NamedTuple):
-    """A tensor to be written: norms are ones, other vectors zeros, matrices random."""
+    """A tensor to be written: norms are ones, other vectors zeros, matrices of this deviation."""
 
     name: str
     shape: tuple[int, ...]
     type: Type
+    deviation: float = 0.0
 
 
 def tensors(shape: Shape) -> Iterator[Tensor]:
@@ -66,7 +68,7 @@ def tensors(shape: Shape) -> Iterator[Tensor]:
     low, high = (Type.Q8_0, Type.Q8_0) if oss else (Type.Q4_K, Type.Q6_K)
     d, q, kv = shape.d_model, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
 
-    yield Tensor("token_embd.weight", (shape.vocabulary, d), low)
+    yield Tensor("token_embd.weight", (shape.vocabulary, d), low, 1.0)
     for layer in range(shape.layers):
         more = high if more_bits(layer, shape.layers) else low
         matrices = {
@@ -86,13 +88,15 @@ def tensors(shape: Shape) -> Iterator[Tensor]:
             vectors |= {"ffn_norm.weight": d}
             vectors |= {f"attn_{name}_norm.weight": shape.head_dim for name in "qk"}
         for name, (sizes, kind) in matrices.items():
-            yield Tensor(f"blk.{layer}.{name}.weight", sizes, kind)
+            added = name in ("attn_output", "ffn_down_exps")
+            deviation = (sizes[-1] * (2 * shape.layers if added else 1)) ** -0.5
+            yield Tensor(f"blk.{layer}.{name}.weight", sizes, kind, deviation)
             if oss:
                 yield Tensor(f"blk.{layer}.{name}.bias", sizes[:-1], Type.F32)
         for name, size in vectors.items():
             yield Tensor(f"blk.{layer}.{name}", (size,), Type.F32)
     yield Tensor("output_norm.weight", (d,), Type.F32)
-    yield Tensor("output.weight", (shape.vocabulary, d), high)
+    yield Tensor("output.weight", (shape.vocabulary, d), high, d**-0.5)
 
 
 def more_bits(layer: int, layers: int) -> bool:
@@ -107,15 +111,14 @@ def data(tensor: Tensor, rng: np.random.Generator) -> np.ndarray:
         return np.ones(tensor.shape, np.float32)
     if tensor.name.endswith(".bias") or "sinks" in tensor.name:
         return np.zeros(tensor.shape, np.float32)
-    deviation = tensor.shape[-1] ** -0.5
     if tensor.type == Type.F32:
-        return rng.standard_normal(tensor.shape, np.float32) * np.float32(deviation)
+        return rng.standard_normal(tensor.shape, np.float32) * np.float32(tensor.deviation)
     block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
     count = math.prod(tensor.shape) // block_size
     # Whole 64-bit words are what generators make fastest.
     words = rng.integers(0, 1 << 64, -(-count * block_bytes // 8), np.uint64)
     blocks = words.view(np.uint8)[: count * block_bytes].reshape(count, block_bytes)
-    set_scales(blocks, tensor.type, deviation)
+    set_scales(blocks, tensor.type, tensor.deviation)
     return blocks.reshape(*tensor.shape[:-1], -1)
 
 

@@ -26,7 +26,7 @@ _MLA = _RANKS | {
 }
 _INDEXER = {
     "attention.indexer.head_count": 4,
-    "attention.indexer.key_length": 16,
+    "attention.indexer.key_length": 64,
     "attention.indexer.top_k": 4,
 }
 _SSM = {
@@ -58,25 +58,35 @@ _SECOND_BY_HEADS = {"attention.head_count_kv": [0, HEADS]}
 _LAYER_NORM = {"attention.layer_norm_epsilon": 1e-5}
 _LOGIT_SCALE = {"logit_scale": 1.0}
 # Two MoE layers, an attention layer and a Mamba layer.
-_NEMOTRON = _SSM | _LAYER_NORM | _SHARED_WIDTH | {
-    "block_count": 4,
-    "feed_forward_length": [F, F, 0, 0],
-    "attention.head_count_kv": [0, 0, HEADS, 0],
-}
+_NEMOTRON = (
+    _SSM
+    | _LAYER_NORM
+    | _SHARED_WIDTH
+    | {
+        "block_count": 4,
+        "feed_forward_length": [F, F, 0, 0],
+        "attention.head_count_kv": [0, 0, HEADS, 0],
+    }
+)
 
 KEYS: dict[str, dict[str, object]] = {
     "dbrx": _LAYER_NORM | {"attention.clamp_kqv": 8.0},
     "mellum": _WINDOW,
     "maple": _WINDOW,
     "jamba": _SSM | _SECOND_BY_HEADS | {"ssm.inner_size": 2 * H},
-    "minimax-01": {"residual_scale": 3.5},
+    "minimax-01": _SECOND | {"residual_scale": 3.5},
     "nomic-bert-moe": _LAYER_NORM
     | {"attention.causal": False, "x:tokenizer.ggml.token_type_count": 1},
     "gemma4": _WINDOW | {"embedding_length_per_layer_input": 0},
     "qwen2moe": _SHARED_WIDTH,
     "qwen3next": _SSM | _SHARED_WIDTH | _SECOND,
     "qwen35moe": _SSM | _SHARED_WIDTH | _SECTIONS | _SECOND,
-    "qwen4exp": _SSM | _SHARED_WIDTH | _SECTIONS | _SECOND | _INDEXER | _HYPER
+    "qwen4exp": _SSM
+    | _SHARED_WIDTH
+    | _SECTIONS
+    | _SECOND
+    | _INDEXER
+    | _HYPER
     | {"hyper_connection.low_rank": 8},
     "qwen3vlmoe": _SECTIONS,
     "granite": _LOGIT_SCALE,
@@ -88,9 +98,24 @@ KEYS: dict[str, dict[str, object]] = {
     "mistral4": _MLA,
     "deepseek32": _MLA | _INDEXER,
     "glm-dsa": _MLA | _INDEXER,
-    "glm5-next": _MLA | _KDA | _INDEXER | _HYPER | {"attention.indexer.kpool": 2},
-    "dots3note": _MLA | _INDEXER | _WINDOW
+    "glm5-next": _MLA
+    | _KDA
+    | _INDEXER
+    | _HYPER
     | {
+        "attention.indexer.kpool": 2,
+        "rope.dimension_count": 0,
+        "attention.head_count_kv": [0, 1],
+        "attention.key_length": 32,
+        "attention.key_length_mla": 16,
+    },
+    "dots3note": _MLA
+    | _INDEXER
+    | _WINDOW
+    | {
+        "attention.kv_lora_rank": 64,
+        "attention.key_length": 64 + 8,
+        "attention.value_length": 64,
         "attention.kv_lora_rank_swa": 32,
         "attention.key_length_mla_swa": 16 + 8,
         "attention.value_length_mla_swa": 16,
@@ -98,39 +123,49 @@ KEYS: dict[str, dict[str, object]] = {
         "attention.value_length_swa": 32,
         "rope.dimension_count_swa": 8,
         "rope.freq_base_swa": 10000.0,
-        "attention.indexer.types": [True, True],
+        "attention.indexer.types": [False, True],
     },
-    "hy_v4": _MLA | _INDEXER | _HYPER | {"hyper_connection.magnitude": 2.0},
-    "bailingmoe3": _MLA | _KDA
-    | {"kda.safe_gate": True, "kda.gate_lower_bound": -5.0},
+    "hy_v4": _MLA
+    | _INDEXER
+    | _HYPER
+    | {"hyper_connection.magnitude": 2.0, "attention.indexer.types": [True, True]},
+    "bailingmoe3": _MLA
+    | _KDA
+    | {"attention.head_count_kv": [0, 1], "kda.safe_gate": True, "kda.gate_lower_bound": -5.0},
     "exaone-moe": _WINDOW,
     "afmoe": _WINDOW,
     "laguna": _WINDOW,
-    "step35": _WINDOW,
+    "step35": _WINDOW | _SHARED_WIDTH,
     "mimo2": _WINDOW,
     "minimax-m3": _INDEXER
     | {"attention.indexer.block_size": 4, "attention.indexer.local_blocks": 1},
     "lfm2moe": {"shortconv.l_cache": 3} | _SECOND_BY_HEADS,
     "kimi-linear": _MLA | _KDA | {"attention.head_count_kv": [0, 1]},
-    "kimi-k3": _MLA | _KDA | {"attention.head_count_kv": [0, 1], "attention.residual_block_size": 2},
+    "kimi-k3": _MLA | _KDA | {"attention.head_count_kv": [0, 1], "attn_res.block_size": 2},
     "cohere2moe": _WINDOW | _LOGIT_SCALE,
-    "nemotron_h": _NEMOTRON | {"feed_forward_length": [0, F, 0, 0], "attention.head_count_kv": [0, 0, HEADS, 0]},
+    "nemotron_h": _NEMOTRON
+    | {"feed_forward_length": [0, F, 0, 0], "attention.head_count_kv": [0, 0, HEADS, 0]},
     "nemotron_h_moe": _NEMOTRON
     | {
         "moe_latent_size": H // 2,
         "expert_used_count": [2, 3, 2, 2],
         "expert_feed_forward_length": [F, 2 * F, F, F],
     },
-    "llama4": {"attention.sliding_window": 0},
+    "llama4": {"block_count": 4},  # every fourth layer has full attention, and no rotation
     "grovemoe": {"expert_chunk_feed_forward_length": 32},
-    "deepseek4": _MLA | _INDEXER | _HYPER | _WINDOW
+    "deepseek4": _MLA
+    | _INDEXER
+    | _HYPER
+    | _WINDOW
     | {
         "attention.output_group_count": 2,
         "attention.output_lora_rank": 16,
         "attention.compress_rope_freq_base": 10000.0,
-        "attention.compress_ratios": [0, 0],
+        "attention.compress_ratios": [4, 128],
     },
-    "dflash": _MLA | _HYPER | _WINDOW
+    "dflash": _MLA
+    | _HYPER
+    | _WINDOW
     | {
         "target_layers": [0, 1],
         "attention.output_group_count": 2,
@@ -139,12 +174,34 @@ KEYS: dict[str, dict[str, object]] = {
     },
 }
 
-NAMES = {
-    "left out": (),
-    "output": {
-        "arctic": ("ffn_moe_out",),
-        "grok": ("ffn_out#2", "ffn_moe_out"),
-        "gemma4": ("ffn_moe_combined",),
-    },
-    "router input": {},
+
+def _unknown(*names: str) -> dict[str, tuple[int, ...]]:
+    return dict.fromkeys(names, (1,))
+
+
+_QWEN_LINEAR = _unknown("blk.0.attn_qkv.weight", "blk.0.attn_gate.weight")
+_INDEXER_TENSORS = _unknown(
+    *(
+        f"blk.{i}.indexer.{name}"
+        for i in (0, 1)
+        for name in (
+            "k_norm.weight",
+            "k_norm.bias",
+            "proj.weight",
+            "attn_k.weight",
+            "attn_q_b.weight",
+        )
+    )
+)
+# Tensors that the loader calls optional and the graph needs; of shape (1,) those for which it says
+# what shape it expects.
+OPTIONAL: dict[str, dict[str, tuple[int, ...]]] = {
+    "qwen3next": _QWEN_LINEAR,
+    "qwen35moe": _QWEN_LINEAR,
+    "granitehybrid": _unknown("blk.0.ssm_conv1d.bias"),
+    "jamba": _unknown("blk.0.ssm_conv1d.bias"),
+    "nemotron_h": _unknown("blk.0.ssm_conv1d.bias", "blk.3.ssm_conv1d.bias"),
+    "nemotron_h_moe": _unknown("blk.3.ssm_conv1d.bias"),
+    "glm-dsa": _INDEXER_TENSORS,
+    "laguna": {f"blk.{i}.attn_gate.weight": (HEADS, H) for i in (0, 1)},
 }

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from make_gguf import Tensor, Weights, write_gguf
 
-REPOSITORY = Path(__file__).parents[2]
-PYTHON = os.environ.get("LLAMA_CPP_PYTHON", str(REPOSITORY / ".venv-llamacpp/bin/python"))
+PYTHON = os.environ.get("JAX_MOE_LLAMACPP_PYTHON")
 
 _MISSING = re.compile(r"tensor '([^']+)' not found")
 _SHAPE = re.compile(r"tensor '([^']+)' has wrong shape; expected ([\d, ]+), got")
@@ -36,6 +35,7 @@ class LlamaCpp:
     def _ask(self, request: Mapping[str, object]) -> None:
         log = self._directory / "stderr.txt"
         if self._process is None:
+            assert PYTHON
             with log.open("w") as stderr:
                 self._process = subprocess.Popen(
                     [PYTHON, Path(__file__).with_name("server.py")],
@@ -72,12 +72,15 @@ class LlamaCpp:
         architecture: str,
         keys: Mapping[str, object],
         tensors: Mapping[str, Tensor],
+        optional: Mapping[str, tuple[int, ...]] = {},
     ) -> dict[str, Tensor]:
         """Writes a model with all tensors that llama.cpp wants, and returns them.
 
-        Those that are missing are random, of the shapes that llama.cpp's messages ask for.
+        Those that are missing are random, of the shapes that llama.cpp's messages ask for. So are
+        those of `optional`, which it would do without, until its graph needs them.
         """
         weights, whole = Weights(seed=5), dict(tensors)
+        whole |= {name: weights(*shape) for name, shape in optional.items()}
         while True:
             write_gguf(path, architecture, keys, whole)
             try:
@@ -91,7 +94,9 @@ class LlamaCpp:
                     raise LlamaCppError(text)
                 while len(axes) > 1 and axes[-1] == 1:
                     axes.pop()
-                whole[name] = weights(*axes[::-1]) if len(axes) > 1 else _vector(weights, name, axes[0])
+                whole[name] = (
+                    weights(*axes[::-1]) if len(axes) > 1 else _vector(weights, name, axes[0])
+                )
             elif (missing := _MISSING.search(text)) and missing[1] not in whole:
                 whole[missing[1]] = np.ones(1, np.float32)
             else:

@@ -1,26 +1,30 @@
-"""Starts llama.cpp once a session; without it everything here is skipped."""
+"""Starts llama.cpp once a session, collects errors, and writes them into the documentation.
 
-import subprocess
+`--write-table` does the last, from a whole run.
+"""
 
 import pytest
 from client import PYTHON, LlamaCpp
+from table import write_table
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-table", action="store_true", help="update docs/architectures.md")
 
 
 @pytest.fixture(scope="session")
 def llama_cpp(tmp_path_factory):
-    try:
-        subprocess.run([PYTHON, "-c", "import llama_cpp"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("needs a Python with llama-cpp-python, see `make test-llamacpp`")
+    if not PYTHON:
+        pytest.skip("JAX_MOE_LLAMACPP_PYTHON names no Python with llama-cpp-python")
     server = LlamaCpp(tmp_path_factory.mktemp("llamacpp"))
     yield server
     server.close()
 
 
 @pytest.fixture(scope="session")
-def errors():
-    """The relative errors seen, by model and format; printed at the end."""
+def errors(request):
+    """Relative errors by what was compared, (model, format), to be filled."""
     seen = {}
     yield seen
-    for (name, form), error in seen.items():
-        print(f"{name:40} {form:6} {error:.1e}")
+    if request.config.getoption("--write-table", default=False):
+        write_table(seen)

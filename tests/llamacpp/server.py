@@ -107,7 +107,7 @@ def run(model, tokens: list[int]) -> dict[str, np.ndarray]:
     parameters = llama_cpp.llama_context_default_params()
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = 64
     parameters.n_threads = parameters.n_threads_batch = 1
-    parameters.flash_attn_type = 0
+    parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     callback = llama_cpp.ggml_backend_sched_eval_callback(recorder)
     parameters.cb_eval = callback
     context = llama_cpp.llama_init_from_model(model, parameters)

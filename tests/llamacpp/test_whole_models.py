@@ -1,10 +1,6 @@
-"""The example's whole models against llama.cpp on the same files.
-
-Run with JAX_MOE_LLAMACPP_PYTHON set to a Python that has llama-cpp-python.
-"""
+"""The examples' whole models against llama.cpp on the same files."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,19 +9,19 @@ import jax
 import numpy as np
 import pytest
 
-TESTS = Path(__file__).parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS.parent / "examples"), str(TESTS.parent / "tools")]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]
 
 import make_random_gguf  # noqa: E402
 import whole_models  # noqa: E402
+from client import PYTHON  # noqa: E402
 from decoding import Generator, Sampling  # noqa: E402
 from transformer import forward, logits  # noqa: E402
 from weights import load_transformer  # noqa: E402
 
 import jax_moe  # noqa: E402
 
-PYTHON = os.environ.get("JAX_MOE_LLAMACPP_PYTHON")
-pytestmark = pytest.mark.skipif(not PYTHON, reason="JAX_MOE_LLAMACPP_PYTHON is not set")
+pytestmark = pytest.mark.usefixtures("llama_cpp")
 
 
 def llama_logits(path, tokens, *options):
@@ -70,19 +66,29 @@ def test_float32_weights_give_the_same_64_greedy_tokens(tmp_path, architecture):
 
 @pytest.mark.parametrize("name", ["qwen3-tiny", "gpt-oss-tiny"])
 def test_packed_weights_give_nearly_the_same_distribution(tmp_path, name):
-    """llama.cpp rounds activations to 8 bits before every product, and we do not."""
+    """llama.cpp rounds activations to 8 bits before every product, and we do not.
+
+    Where that tips the choice of an expert, a token's distribution moves a hundred times as far as
+    elsewhere. Routers of random weights choose by little more than chance, so half of the experts
+    are chosen here, which makes the last of them matter little.
+    """
     path = tmp_path / "model.gguf"
-    make_random_gguf.write_model(path, dataclasses.replace(make_random_gguf.MODELS[name], layers=4))
-    tokens = np.random.default_rng(0).integers(0, 512, 256)
+    shape = make_random_gguf.MODELS[name]
+    shape = dataclasses.replace(shape, layers=4, top_k=shape.experts // 2)
+    make_random_gguf.write_model(path, shape)
+    tokens = np.random.default_rng(0).integers(0, shape.vocabulary, 256)
     theirs = llama_logits(path, tokens)
     model = load_transformer(jax_moe.GGUFFile(path))
     ours = np.asarray(all_logits(model, tokens))
 
     p, q = (log_softmax(scores.astype(np.float64)) for scores in (theirs, ours))
-    divergence = (np.exp(p) * (p - q)).sum(1).mean()
+    divergence = (np.exp(p) * (p - q)).sum(1)
     same = (theirs.argmax(1) == ours.argmax(1)).mean()
-    print(f"{name}: mean KL {divergence:.1e}, same top token at {same:.0%} of 256 positions")
-    assert divergence <= 1e-3
+    print(
+        f"{name}: KL mean {divergence.mean():.1e}, median {np.median(divergence):.1e}, "
+        f"largest {divergence.max():.1e}; same top token at {same:.0%} of 256 positions"
+    )
+    assert divergence.mean() <= 1e-3
     assert same >= 0.9
 
 
