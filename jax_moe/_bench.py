@@ -5,6 +5,7 @@ from it. Each repetition routes to other experts, so that a token's weights come
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
@@ -152,14 +153,12 @@ def _measure(layer: _Layer, tokens: int, options: argparse.Namespace) -> dict[st
 
     contenders: dict[str, Callable[[int], Any]] = {}
     for name, variant in (("scalar_gguf", MoEVariant.SCALAR_GGUF), ("default", None)):
-        call = jax.jit(
-            lambda x, routing, experts, variant=variant: moe_ffn(
-                x, routing, experts, variant=variant
-            )
-        )
-        contenders[name] = lambda i, call=call: call(
-            on_device, routings[i], layer.experts
-        ).block_until_ready()
+        call = jax.jit(functools.partial(moe_ffn, variant=variant))
+
+        def run_ours(i: int, call: Callable = call) -> Any:
+            return call(on_device, routings[i], layer.experts).block_until_ready()
+
+        contenders[name] = run_ours
     ggml = None
     if options.ggml:
         ggml = GgmlFfn(

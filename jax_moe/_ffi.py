@@ -91,14 +91,14 @@ def _load_cuda() -> tuple[Any, str | None]:
 
 
 def _driver_refusal(info: dict[str, Any]) -> str | None:
-    """Why the NVIDIA driver cannot run kernels of this CUDA version; None if it can or is absent."""
+    """Why the NVIDIA driver cannot run what was built; None if it can or there is none."""
     built, driver = info["cuda_version"], info["driver_cuda_version"]
     if driver == 0 or driver // 1000 >= built // 1000:
         return None
     return (
         f"jax_moe was built with CUDA {cuda_version_name(built)}, and the installed NVIDIA driver "
-        f"supports CUDA up to {cuda_version_name(driver)}. Install a newer driver, or build jax_moe "
-        f"with CUDA {driver // 1000}."
+        f"supports CUDA up to {cuda_version_name(driver)}. Install a newer driver, or build "
+        f"jax_moe with CUDA {driver // 1000}."
     )
 
 

@@ -64,7 +64,7 @@ def run_program(tokens: int, flags: str, dump: Path) -> tuple[list[str], str]:
         "PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")]),
     }
     result = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(tokens=tokens)],
+        [sys.executable, "-P", "-c", PROGRAM.format(tokens=tokens)],
         env=env,
         capture_output=True,
         text=True,
