@@ -58,6 +58,12 @@ def choice(name: str, value: Any, allowed: tuple) -> None:
         raise ValueError(f"{name} is one of {', '.join(map(repr, allowed))}, not {value!r}.")
 
 
+def pair_count(pairs: Any) -> None:
+    """Checks that pair ids fit into int32; a symbolic number is taken to."""
+    if isinstance(pairs, int) and pairs > INT32_MAX:
+        raise ValueError(f"x and its batch axes give {pairs} (token, slot) pairs, above 2^31 - 1.")
+
+
 def implementation(value: Any) -> None:
     choice("implementation", value, (None, "reference"))
 

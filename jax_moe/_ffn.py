@@ -256,6 +256,7 @@ class _Static(NamedTuple):
 
 def _run(static: _Static, x, expert_ids, weights, gate, up, down, *biases_and_scales):
     tokens, d_model = x.shape
+    check.pair_count(tokens * expert_ids.shape[1])
     fixed, per_token = _ffi.native().ffn_workspace(
         top_k=expert_ids.shape[1],
         experts=down.shape[0],

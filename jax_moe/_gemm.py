@@ -192,6 +192,7 @@ class _Static(NamedTuple):
 
 def _run(static: _Static, x, weight, sorted_token_ids, flat_expert_ids, topk_weights):
     pairs = sorted_token_ids.shape[0]
+    check.pair_count(pairs)
     fixed, per_token = _ffi.native().gemm_workspace(
         top_k=static.top_k,
         experts=weight.shape[0],

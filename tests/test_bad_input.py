@@ -155,6 +155,23 @@ def test_moe_ffn(changes, error, message):
         jax_moe.select_kernel("moe_ffn", **ffn_arguments(**changes))
 
 
+def test_more_pairs_than_ids():
+    """A batch that vmap folds into the tokens counts too."""
+    weight = jax.ShapeDtypeStruct((1, 32, 32), jnp.float32)
+    tokens = 2**20
+    x = jax.ShapeDtypeStruct((2**11, tokens, 32), jnp.float32)
+    ids = jax.ShapeDtypeStruct((2**11, tokens, 1), jnp.int32)
+    weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32)
+
+    def batched(x, ids, weights, weight):
+        experts = Experts(up=weight, down=weight)
+        call = lambda x, i, w: jax_moe.moe_ffn(x, Routing(i, w), experts, activation="silu")  # noqa: E731
+        return jax.vmap(call)(x, ids, weights)
+
+    with pytest.raises(ValueError, match=r"2147483648 .* pairs"):
+        jax.eval_shape(batched, x, ids, weights, weight)
+
+
 def test_select_kernel_names_its_ops():
     with pytest.raises(ValueError, match="op is 'moe_gemm' or 'moe_ffn'"):
         jax_moe.select_kernel("moe")
