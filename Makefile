@@ -4,21 +4,31 @@
 # make sanitize                 the C++ side under AddressSanitizer and UndefinedBehaviorSanitizer
 # make cuda                     compile the CUDA kernels, with or without a GPU
 # make bench                    CPU speed against ggml
+# make test-llamacpp            blocks and whole models against llama.cpp (builds llama-cpp-python once)
 
 PYTHON ?= python3
 VENV ?= .venv
+LLAMACPP ?= .venv-llamacpp
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt $(shell find ffi -type f 2>/dev/null)
 # Compilers take what the machine has; two at a time fit into the memory of small machines.
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: demo test lint format sanitize cuda bench clean
+.PHONY: demo test test-llamacpp lint format sanitize cuda bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m jax_moe demo $(FILE)
 
 test: $(VENV)/installed
 	$(BIN)/pytest -n auto $(ARGS)
+
+test-llamacpp: $(VENV)/installed $(LLAMACPP)/installed
+	JAX_MOE_LLAMACPP_PYTHON=$(abspath $(LLAMACPP))/bin/python $(BIN)/pytest tests/llamacpp $(ARGS)
+
+$(LLAMACPP)/installed:
+	$(PYTHON) -m venv $(LLAMACPP)
+	$(LLAMACPP)/bin/pip install -q numpy llama-cpp-python==0.3.36
+	@touch $@
 
 bench: $(VENV)/installed
 	$(BIN)/python -m jax_moe bench $(ARGS)
@@ -52,4 +62,4 @@ cuda: $(VENV)/installed
 	tools/compile_cuda.sh $(BIN)
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(LLAMACPP) build dist

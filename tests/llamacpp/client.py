@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from make_gguf import Tensor, Weights, write_gguf
 
-PYTHON = os.environ.get("JAX_MOE_LLAMACPP_PYTHON")
+PYTHON = os.environ.get("JAX_MOE_LLAMACPP_PYTHON")  # one that has llama-cpp-python
 
 _MISSING = re.compile(r"tensor '([^']+)' not found")
 _SHAPE = re.compile(r"tensor '([^']+)' has wrong shape; expected ([\d, ]+), got")
@@ -28,6 +28,7 @@ class LlamaCpp:
         self._process: subprocess.Popen[str] | None = None
 
     def close(self) -> None:
+        """Ends the process; the next request starts another."""
         if self._process is not None:
             self._process.communicate()
             self._process = None
@@ -88,23 +89,24 @@ class LlamaCpp:
                 return whole
             except LlamaCppError as error:
                 text = str(error)
-            if shape := _SHAPE.search(text):
-                name, axes = shape[1], [int(n) for n in shape[2].split(",")]
-                if name in tensors:
+            if (found := _SHAPE.search(text)) and found[1] not in tensors:
+                name, shape = found[1], tuple(int(n) for n in found[2].split(","))[::-1]
+                while len(shape) > 1 and shape[0] == 1:
+                    shape = shape[1:]
+                if whole[name].shape == shape:
                     raise LlamaCppError(text)
-                while len(axes) > 1 and axes[-1] == 1:
-                    axes.pop()
-                whole[name] = (
-                    weights(*axes[::-1]) if len(axes) > 1 else _vector(weights, name, axes[0])
-                )
-            elif (missing := _MISSING.search(text)) and missing[1] not in whole:
-                whole[missing[1]] = np.ones(1, np.float32)
+                whole[name] = _random(weights, name, shape)
+            elif (found := _MISSING.search(text)) and found[1] not in whole:
+                whole[found[1]] = np.ones(1, np.float32)  # to be told its shape
             else:
                 raise LlamaCppError(text)
 
 
-def _vector(weights: Weights, name: str, size: int) -> np.ndarray:
-    values = weights(size) * np.float32(size**0.5)
+def _random(weights: Weights, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Values of the kind that the tensor has in a trained model."""
+    if len(shape) > 1:
+        return weights(*shape)
+    values = weights(*shape) * np.float32(shape[0] ** 0.5)
     if "norm" in name and name.endswith(".weight"):
         return 1 + np.float32(0.2) * values
     if "ssm_a" in name:  # a decay

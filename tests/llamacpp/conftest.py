@@ -4,7 +4,7 @@
 """
 
 import pytest
-from client import PYTHON, LlamaCpp
+from client import LlamaCpp
 from table import write_table
 
 
@@ -14,8 +14,6 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def llama_cpp(tmp_path_factory):
-    if not PYTHON:
-        pytest.skip("JAX_MOE_LLAMACPP_PYTHON names no Python with llama-cpp-python")
     server = LlamaCpp(tmp_path_factory.mktemp("llamacpp"))
     yield server
     server.close()

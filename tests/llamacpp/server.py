@@ -81,7 +81,7 @@ class Recorder:
 
 
 class Log:
-    """llama.cpp's messages since the last `clear`, errors only."""
+    """llama.cpp's error messages since `text` was last emptied."""
 
     def __init__(self) -> None:
         self.text = ""

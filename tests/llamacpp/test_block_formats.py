@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from architecture_keys import EVERY_MODEL
 from architecture_models import VOCABULARY
-from client import LlamaCpp
+from client import PYTHON, LlamaCpp
 from make_gguf import Tensor, Weights, model_keys, write_gguf
 
 import jax_moe
 from jax_moe import GGUFFile, moe_block
 from jax_moe._formats import FORMATS, BlockFormat
+
+if not PYTHON:
+    pytest.skip("JAX_MOE_LLAMACPP_PYTHON is not set", allow_module_level=True)
 
 E, K, H, F = 8, 2, 256, 512
 TOKENS = [3, 1, 4, 10, 5, 9, 2, 6]

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from architecture_keys import EVERY_MODEL, KEYS, OPTIONAL
 from architecture_models import MODELS, VOCABULARY, Model, exact
-from client import LlamaCpp, LlamaCppError
+from client import PYTHON, LlamaCpp, LlamaCppError
 from nodes import block_input, block_output, router_input
 
 from jax_moe import GGUFFile, moe_block
 from jax_moe._gguf.architectures import ARCHITECTURES
 from jax_moe._gguf.header import GGUFError
+
+if not PYTHON:
+    pytest.skip("JAX_MOE_LLAMACPP_PYTHON is not set", allow_module_level=True)
 
 TOKENS = [3, 1, 4, 10, 5, 9, 2, 6]
 assert max(TOKENS) < VOCABULARY

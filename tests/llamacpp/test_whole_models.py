@@ -21,6 +21,9 @@ from weights import load_transformer  # noqa: E402
 
 import jax_moe  # noqa: E402
 
+if not PYTHON:
+    pytest.skip("JAX_MOE_LLAMACPP_PYTHON is not set", allow_module_level=True)
+
 pytestmark = pytest.mark.usefixtures("llama_cpp")
 
 
