@@ -7,19 +7,12 @@
 
 #include "ffi/cpu/moe.h"
 #include "ffi/cpu/parallel.h"
+#include "ffi/shape_text.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_moe::cpu {
 
 namespace ffi = xla::ffi;
-
-inline std::string ShapeText(const ffi::AnyBuffer& buffer) {
-  std::string text = "[";
-  for (size_t i = 0; i < buffer.dimensions().size(); ++i) {
-    text += (i == 0 ? "" : ", ") + std::to_string(buffer.dimensions()[i]);
-  }
-  return text + "]";
-}
 
 inline bool Absent(const ffi::AnyBuffer& buffer) { return buffer.element_count() == 0; }
 

@@ -24,16 +24,6 @@ using S32Matrix = ffi::BufferR2<ffi::S32>;
 // Logits that a task handles: with fewer, another thread costs more than it saves.
 constexpr int64_t kLogitsPerTask = 16384;
 
-template <typename Buffer>
-std::string ShapeOf(const Buffer& buffer) {
-  std::string text = "[";
-  for (const int64_t dim : buffer.dimensions()) {
-    if (text.size() > 1) text += ", ";
-    text += std::to_string(dim);
-  }
-  return text + "]";
-}
-
 ffi::Error CheckRoute(const F32Matrix& logits, const F32Vector& selection_bias,
                       const S32Matrix& expert_ids, const F32Matrix& weights, int32_t gating,
                       int32_t num_groups, int32_t num_groups_used) {
@@ -46,16 +36,16 @@ ffi::Error CheckRoute(const F32Matrix& logits, const F32Vector& selection_bias,
   };
   if (experts < 1 || experts > std::numeric_limits<int32_t>::max()) {
     return fail("logits must be [tokens, experts] with experts in 1..2^31-1, not " +
-                ShapeOf(logits));
+                ShapeText(logits));
   }
   if (biases != 0 && biases != experts) {
     return fail("selection_bias must be [0] or [" + std::to_string(experts) + "], not " +
-                ShapeOf(selection_bias));
+                ShapeText(selection_bias));
   }
   if (expert_ids.dimensions()[0] != tokens || weights.dimensions()[0] != tokens ||
       weights.dimensions()[1] != top_k) {
     return fail("the results must be [" + std::to_string(tokens) + ", top_k], not " +
-                ShapeOf(expert_ids) + " and " + ShapeOf(weights));
+                ShapeText(expert_ids) + " and " + ShapeText(weights));
   }
   if (gating < 0 || gating > static_cast<int32_t>(Gating::kSqrtSoftplus)) {
     return fail("unknown gating " + std::to_string(gating));
@@ -106,16 +96,16 @@ ffi::Error Sort(S32Matrix expert_ids, ffi::Result<S32Matrix> sorted_token_ids,
     return ffi::Error::InvalidArgument("jax_moe_sort: " + what);
   };
   if (pairs > std::numeric_limits<int32_t>::max()) {
-    return fail("expert_ids must have fewer than 2^31 pairs a row, not " + ShapeOf(expert_ids));
+    return fail("expert_ids must have fewer than 2^31 pairs a row, not " + ShapeText(expert_ids));
   }
-  if (ShapeOf(*sorted_token_ids) != ShapeOf(expert_ids) ||
-      ShapeOf(*flat_expert_ids) != ShapeOf(expert_ids)) {
-    return fail("sorted_token_ids and flat_expert_ids must be " + ShapeOf(expert_ids) + ", not " +
-                ShapeOf(*sorted_token_ids) + " and " + ShapeOf(*flat_expert_ids));
+  if (ShapeText(*sorted_token_ids) != ShapeText(expert_ids) ||
+      ShapeText(*flat_expert_ids) != ShapeText(expert_ids)) {
+    return fail("sorted_token_ids and flat_expert_ids must be " + ShapeText(expert_ids) + ", not " +
+                ShapeText(*sorted_token_ids) + " and " + ShapeText(*flat_expert_ids));
   }
   if (expert_offsets->dimensions()[0] != batch || offsets < 2) {
     return fail("expert_offsets must be [" + std::to_string(batch) + ", experts + 1], not " +
-                ShapeOf(*expert_offsets));
+                ShapeText(*expert_offsets));
   }
   for (int64_t b = 0; b < batch; ++b) {
     SortByExpert(expert_ids.typed_data() + b * pairs, pairs, offsets - 1,

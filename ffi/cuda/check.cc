@@ -47,7 +47,7 @@ ffi::ErrorOr<Weight> ReadWeight(const std::string& op, const char* name,
     return ffi::Unexpected(Invalid(op, name + (" " + what)));
   };
   const auto dims = buffer.dimensions();
-  if (dims.size() != 3) return fail("must have three dimensions, not " + ShapeOf(buffer));
+  if (dims.size() != 3) return fail("must have three dimensions, not " + ShapeText(buffer));
   Weight weight = {static_cast<const uint8_t*>(buffer.untyped_data()),
                    format,
                    false,
@@ -72,7 +72,7 @@ ffi::ErrorOr<Weight> ReadWeight(const std::string& op, const char* name,
     weight.row_bytes = dims[2] * DenseBytes(*type);
   }
   if (weight.rows > (int64_t{1} << 30) || weight.columns > (int64_t{1} << 30)) {
-    return fail("is larger than the kernels' indices: " + ShapeOf(buffer));
+    return fail("is larger than the kernels' indices: " + ShapeText(buffer));
   }
   if (!IsAligned(weight.data)) return fail("is not aligned to 16 bytes");
   return weight;

@@ -9,6 +9,7 @@
 
 #include "ffi/cuda/gemm.h"
 #include "ffi/plan/cuda.h"
+#include "ffi/shape_text.h"
 #include "ffi/targets.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -20,16 +21,6 @@ ffi::Error Invalid(const std::string& op, const std::string& what);
 
 // An error that names the call where `status` is one, success otherwise.
 ffi::Error CudaError(const std::string& op, cudaError_t status);
-
-template <typename Buffer>
-std::string ShapeOf(const Buffer& buffer) {
-  std::string text = "[";
-  for (const int64_t dim : buffer.dimensions()) {
-    if (text.size() > 1) text += ", ";
-    text += std::to_string(dim);
-  }
-  return text + "]";
-}
 
 // The element type of a float buffer.
 std::optional<Element> ElementOf(ffi::DataType type);

@@ -20,7 +20,7 @@ ffi::Error Dequantize(cudaStream_t stream, Bytes data, ffi::Result<F32Matrix> ou
   const int64_t columns = row_bytes / packed->block_bytes * packed->block_weights;
   if (row_bytes % packed->block_bytes != 0 || out->dimensions()[0] != rows ||
       out->dimensions()[1] != columns) {
-    return Invalid(op, "data " + ShapeOf(data) + " does not match the result " + ShapeOf(*out));
+    return Invalid(op, "data " + ShapeText(data) + " does not match the result " + ShapeText(*out));
   }
   int64_t units = rows * columns / 32;
   if (units == 0) return ffi::Error::Success();

@@ -76,16 +76,16 @@ ffi::Error ReadAndRun(cudaStream_t stream, ffi::AnyBuffer x, S32Matrix expert_id
   const bool complete = ffn.merged ? ffn.gate && !ffn.up : ffn.up.has_value();
   if (!complete || !matches(ffn.gate, (ffn.merged ? 2 : 1) * ffn.d_expert) ||
       !matches(ffn.up, ffn.d_expert)) {
-    return Invalid(kOp, "gate " + ShapeOf(gate) + " and up " + ShapeOf(up) + " do not match down " +
-                            ShapeOf(down));
+    return Invalid(kOp, "gate " + ShapeText(gate) + " and up " + ShapeText(up) + " do not match down " +
+                            ShapeText(down));
   }
   const auto x_dims = x.dimensions(), y_dims = y->dimensions();
   if (x_dims.size() != 2 || x_dims[0] != ffn.tokens || x_dims[1] != ffn.d_model ||
       y_dims.size() != 2 || y_dims[0] != ffn.tokens || y_dims[1] != ffn.d_model ||
       weights.dimensions()[0] != ffn.tokens || weights.dimensions()[1] != ffn.top_k) {
-    return Invalid(kOp, "x " + ShapeOf(x) + ", y " + ShapeOf(*y) + ", expert_ids " +
-                            ShapeOf(expert_ids) + " and weights " + ShapeOf(weights) +
-                            " do not match down " + ShapeOf(down));
+    return Invalid(kOp, "x " + ShapeText(x) + ", y " + ShapeText(*y) + ", expert_ids " +
+                            ShapeText(expert_ids) + " and weights " + ShapeText(weights) +
+                            " do not match down " + ShapeText(down));
   }
   const int64_t gate_rows = (ffn.merged ? 2 : 1) * ffn.d_expert;
   const auto gate_projection =

@@ -33,11 +33,11 @@ ffi::Error Gemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight_buf
   if (x_dims.size() != 2 || (x_dims[0] != tokens && x_dims[0] != pairs) ||
       x_dims[1] != weight.columns) {
     return Invalid(kOp, "x must be [tokens or pairs, " + std::to_string(weight.columns) +
-                            "], not " + ShapeOf(x));
+                            "], not " + ShapeText(x));
   }
   const auto y_dims = y->dimensions();
   if (y_dims.size() != 2 || y_dims[0] != pairs || y_dims[1] != weight.rows) {
-    return Invalid(kOp, "y must be [pairs, N], not " + ShapeOf(*y));
+    return Invalid(kOp, "y must be [pairs, N], not " + ShapeText(*y));
   }
   const int64_t num_weights = topk_weights.dimensions()[0];
   if (flat_expert_ids.dimensions()[0] != pairs || (num_weights != 0 && num_weights != pairs)) {

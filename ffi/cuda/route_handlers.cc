@@ -20,15 +20,15 @@ ffi::Error Route(cudaStream_t stream, F32Matrix logits, F32Vector selection_bias
   const int64_t top_k = expert_ids->dimensions()[1], biases = selection_bias.dimensions()[0];
   if (experts < 1 || experts > kMaxRoutedExperts) {
     return Invalid(op,
-                   "logits must be [tokens, experts] with 1..4096 experts, not " + ShapeOf(logits));
+                   "logits must be [tokens, experts] with 1..4096 experts, not " + ShapeText(logits));
   }
   if (biases != 0 && biases != experts) {
-    return Invalid(op, "selection_bias must be [0] or [experts], not " + ShapeOf(selection_bias));
+    return Invalid(op, "selection_bias must be [0] or [experts], not " + ShapeText(selection_bias));
   }
   if (expert_ids->dimensions()[0] != tokens || weights->dimensions()[0] != tokens ||
       weights->dimensions()[1] != top_k) {
-    return Invalid(op, "the results must be [tokens, top_k], not " + ShapeOf(*expert_ids) +
-                           " and " + ShapeOf(*weights));
+    return Invalid(op, "the results must be [tokens, top_k], not " + ShapeText(*expert_ids) +
+                           " and " + ShapeText(*weights));
   }
   if (gating < 0 || gating > static_cast<int32_t>(Gating::kSqrtSoftplus)) {
     return Invalid(op, "unknown gating " + std::to_string(gating));
@@ -58,8 +58,8 @@ ffi::Error Sort(cudaStream_t stream, S32Matrix expert_ids, ffi::Result<S32Matrix
   if (pairs > (int64_t{1} << 30) || offsets < 2 || offsets - 1 > kMaxExperts) {
     return Invalid(op, "takes at most 2^30 pairs a row and 1..8192 experts");
   }
-  if (ShapeOf(*sorted_token_ids) != ShapeOf(expert_ids) ||
-      ShapeOf(*flat_expert_ids) != ShapeOf(expert_ids) ||
+  if (ShapeText(*sorted_token_ids) != ShapeText(expert_ids) ||
+      ShapeText(*flat_expert_ids) != ShapeText(expert_ids) ||
       expert_offsets->dimensions()[0] != batch) {
     return Invalid(op, "the results must be [batch, pairs] twice and [batch, experts + 1]");
   }
