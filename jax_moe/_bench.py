@@ -182,7 +182,11 @@ def _measure(layer: _Layer, tokens: int, options: argparse.Namespace) -> dict[st
     for run in contenders.values():
         run(0)  # compiles
     if ggml is not None:
-        _check_agreement(contenders["scalar_gguf"](0), ggml, weights)
+        try:
+            _check_agreement(contenders["scalar_gguf"](0), ggml, weights)
+        except RuntimeError:
+            ggml.close()
+            raise
         ggml.pause()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     until = time.perf_counter() + options.seconds
