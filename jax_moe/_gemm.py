@@ -218,26 +218,24 @@ def _run(static: _Static, x, weight, sorted_token_ids, flat_expert_ids, topk_wei
     return (y,)
 
 
-def _fold(op, static: _Static, size, batched, *operands):
+def _fold(op, static: _Static, size, batched, x, weight, pairs, experts, topk_weights):
     """Folds a batch into the token axis; a batch of weights into the expert axis as well."""
-    x, weight, pairs, experts, topk_weights = (
+    x, pairs, experts, topk_weights = (
         _ffi.broadcast_batch(operand, is_batched, size)
-        for operand, is_batched in zip(operands, batched, strict=True)
+        for operand, is_batched in zip(
+            (x, pairs, experts, topk_weights), (batched[0], *batched[2:]), strict=True
+        )
     )
     num_pairs = pairs.shape[1]
     element = jnp.arange(size, dtype=jnp.int32)[:, None]
-    pairs = fold_ids(pairs, element, num_pairs)
-    num_experts = operands[1].shape[1] if batched[1] else operands[1].shape[0]
     if batched[1]:
+        experts = fold_ids(experts, element, weight.shape[1])
         weight = weight.reshape(-1, *weight.shape[2:])
-        experts = fold_ids(experts, element, num_experts)
-    else:
-        weight = operands[1]
     (y,) = op(
         static,
         x.reshape(size * x.shape[1], x.shape[2]),
         weight,
-        pairs.reshape(-1),
+        fold_ids(pairs, element, num_pairs).reshape(-1),
         experts.reshape(-1),
         topk_weights.reshape(-1),
     )
