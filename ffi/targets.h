@@ -10,19 +10,29 @@
 //                   -> sorted_token_ids s32 [B, P], flat_expert_ids s32 [B, P],
 //                      expert_offsets s32 [B, E + 1]
 // jax_moe_gemm         x [T | P, K] f32|f16|bf16, weight u8 [E, N, row_bytes] | f32|f16|bf16 [E, N, K],
-//                      sorted_token_ids s32 [P], flat_expert_ids s32 [P], topk_weights f32 [P] | [0]
+//                      sorted_token_ids s32 [P], flat_expert_ids s32 [P], topk_weights f32 [P] | [0],
+//                      weight_aux f32 [E, N, 2] | [0]
 //                   -> y [P, N] f32|f16|bf16, workspace u8 [bytes of plan::Gemm]
 //                      format (ggml_type; F32 0, F16 1, BF16 30 where dense), top_k, variant (Variant)
 // jax_moe_ffn          x [T, H] f32|f16|bf16, expert_ids s32 [T, k], weights f32 [T, k],
 //                      gate, up, down (as `weight` above; merged: gate holds gate rows then up rows and
 //                      up is absent; ungated: gate is absent), gate_bias, up_bias, down_bias f32 [E, N] | [0],
-//                      gate_scale, up_scale, down_scale f32 [E] | [0]
+//                      gate_scale, up_scale, down_scale f32 [E] | [0],
+//                      gate_aux, up_aux, down_aux f32 [E, N, 2] | [0]
 //                   -> y [T, H] of x's dtype, workspace u8 [bytes of plan::Ffn]
 //                      gate_format, up_format, down_format (-1 where absent), merged (0|1),
 //                      activation (Activation), limit, beta, linear_beta,
 //                      weights_before (0|1), variant (Variant)
 // jax_moe_dequantize   data u8 [rows, row_bytes] -> f32 [rows, K]
 //                      format
+// jax_moe_repack       data u8 [E, N, row_bytes] in GGUF's layout, N a multiple of 16
+//                   -> data u8 [E, N, row_bytes], tiled, aux f32 [E, N, 2]   (ffi/blocks/tiled.h)
+//                      format
+// jax_moe_unpack       data u8 [E, N, row_bytes], tiled -> data u8 [E, N, row_bytes]
+//                      format
+//
+// A weight of jax_moe_gemm and jax_moe_ffn in the tiled layout has the format ggml_type | kTiledFormat
+// and its aux; any other has no aux. Only CUDA takes tiled weights; elsewhere they are unpacked first.
 #pragma once
 
 namespace jax_moe {
@@ -47,5 +57,8 @@ enum class Activation : int {
 
 // ggml_type of the dense element types.
 enum DenseType : int { kF32 = 0, kF16 = 1, kBF16 = 30 };
+
+// Added to the ggml_type of a weight in the tiled layout.
+inline constexpr int kTiledFormat = 0x10000;
 
 }  // namespace jax_moe

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_moe._packed import PackedExperts
+from jax_moe._packed import PackedExperts, check_layout
 
 DENSE_DTYPES = (jnp.float32, jnp.float16, jnp.bfloat16)
 
@@ -72,12 +72,7 @@ def weight(name: str, w: Any) -> tuple[int, int, int]:
     """Checks a weight, packed or dense, and gives its shape (E, N, K)."""
     if isinstance(w, PackedExperts):
         array(f"{name}.data", w.data, rank=3, dtypes=(jnp.uint8,))
-        row_bytes, block_bytes = w.data.shape[-1], w.format.block_bytes
-        if row_bytes % block_bytes:
-            raise ValueError(
-                f"{name}.data has rows of {row_bytes} bytes, which is not a multiple of the "
-                f"{block_bytes} bytes of a {w.format.name} block."
-            )
+        check_layout(name, w)
         result = w.shape
     else:
         array(name, w, rank=3, dtypes=DENSE_DTYPES)

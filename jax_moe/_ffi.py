@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array, export
 from jax.sharding import PartitionSpec
 
-TARGETS = ("route", "sort", "gemm", "ffn", "dequantize")
+TARGETS = ("route", "sort", "gemm", "ffn", "dequantize", "repack", "unpack")
 
 DISABLED_EXPORT_CHECKS = tuple(
     export.DisabledSafetyCheck.custom_call(f"jax_moe_{name}") for name in TARGETS

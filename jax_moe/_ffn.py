@@ -1,5 +1,7 @@
 """moe_ffn: the feed-forward block of all of a layer's routed experts, from routing to the sum."""
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,8 +13,15 @@ from jax import Array
 from jax_moe import _check as check
 from jax_moe import _ffi
 from jax_moe._activations import ACTIVATIONS, check_activation
-from jax_moe._gemm import fold_ids
-from jax_moe._operands import float_operand, weight_operand
+from jax_moe._gemm import fold_experts, fold_ids
+from jax_moe._operands import (
+    WeightOperand,
+    float_operand,
+    for_each_platform,
+    gguf_layout,
+    weight_format,
+    weight_operand,
+)
 from jax_moe._packed import PackedExperts
 from jax_moe._reference import ffn_reference
 from jax_moe._routing import Routing
@@ -50,6 +59,24 @@ class Experts:
     up_scale: Array | None = None
     gate_up_scale: Array | None = None
     down_scale: Array | None = None
+
+    def prepack(self, donate: bool = False) -> "Experts":
+        """The same experts with every packed weight as its `PackedExperts.prepack` gives it."""
+        return self._map_packed(lambda weight: weight.prepack(donate))
+
+    def unpack(self, donate: bool = False) -> "Experts":
+        """The inverse of `prepack`: every packed weight in GGUF's layout."""
+        return self._map_packed(lambda weight: weight.unpack(donate))
+
+    def _map_packed(self, f: Callable[[PackedExperts], PackedExperts]) -> "Experts":
+        done: dict[Any, PackedExperts] = {}  # one array may be in two places
+        changes: dict[str, Any] = {}
+        for name in ("gate", "up", "gate_up", "down"):
+            weight = getattr(self, name)
+            if isinstance(weight, PackedExperts):
+                key = (id(weight.data), weight.format, weight.layout)
+                done[key] = changes[name] = done[key] if key in done else f(weight)
+        return dataclasses.replace(self, **changes)
 
 
 @dataclass(frozen=True)
@@ -134,9 +161,9 @@ def moe_ffn(
             x,
             routing.expert_ids,
             routing.weights,
-            gate,
-            up,
-            experts.down,
+            gguf_layout(gate),
+            gguf_layout(up),
+            gguf_layout(experts.down),
             biases,
             scales,
             activation=activation,
@@ -153,14 +180,16 @@ def moe_ffn(
         0 if variant is None else variant.value,
         problem.d_expert,
     )
+    operands = [weight_operand(w) for w in (gate, up, experts.down)]
     (y,) = _ffn_op(
         static,
         x,
         routing.expert_ids,
         float_operand(routing.weights),
-        *(weight_operand(w)[0] for w in (gate, up, experts.down)),
+        *(operand.data for operand in operands),
         *map(float_operand, biases),
         *map(float_operand, scales),
+        *(operand.aux for operand in operands),
     )
     return y
 
@@ -236,7 +265,7 @@ def ffn_problem(
         d_model=d_model,
         d_expert=d_expert,
         x_dtype=x.dtype,
-        formats=tuple(weight_operand(w)[1] for w in (gate, up, experts.down)),  # type: ignore[arg-type]
+        formats=tuple(weight_format(w) for w in (gate, up, experts.down)),  # type: ignore[arg-type]
         merged=merged,
         activation=activation,
         numbers=numbers,
@@ -254,7 +283,7 @@ class _Static(NamedTuple):
     d_expert: int
 
 
-def _run(static: _Static, x, expert_ids, weights, gate, up, down, *biases_and_scales):
+def _run(static: _Static, x, expert_ids, weights, gate, up, down, *others):
     tokens, d_model = x.shape
     check.pair_count(tokens * expert_ids.shape[1])
     fixed, per_token = _ffi.native().ffn_workspace(
@@ -263,32 +292,41 @@ def _run(static: _Static, x, expert_ids, weights, gate, up, down, *biases_and_sc
         d_model=d_model,
         d_expert=static.d_expert,
     )
-    limit, beta, linear_beta = static.numbers
-    y, _ = _ffi.call(
-        "jax_moe_ffn",
-        (
-            jax.ShapeDtypeStruct((tokens, d_model), x.dtype),
-            jax.ShapeDtypeStruct((fixed + per_token * tokens,), jnp.uint8),
-        ),
-        x,
-        expert_ids,
-        weights,
-        gate,
-        up,
-        down,
-        *biases_and_scales,
-        gate_format=static.formats[0],
-        up_format=static.formats[1],
-        down_format=static.formats[2],
-        merged=static.merged,
-        activation=static.activation,
-        limit=limit,
-        beta=beta,
-        linear_beta=linear_beta,
-        weights_before=static.weights_before,
-        variant=static.variant,
+    results = (
+        jax.ShapeDtypeStruct((tokens, d_model), x.dtype),
+        jax.ShapeDtypeStruct((fixed + per_token * tokens,), jnp.uint8),
     )
-    return (y,)
+    limit, beta, linear_beta = static.numbers
+
+    def call(projections, operands):
+        routed, biases_and_scales = operands[:3], operands[3:]
+        y, _ = _ffi.call(
+            "jax_moe_ffn",
+            results,
+            *routed,
+            *(projection.data for projection in projections),
+            *biases_and_scales,
+            *(projection.aux for projection in projections),
+            gate_format=projections[0].format,
+            up_format=projections[1].format,
+            down_format=projections[2].format,
+            merged=static.merged,
+            activation=static.activation,
+            limit=limit,
+            beta=beta,
+            linear_beta=linear_beta,
+            weights_before=static.weights_before,
+            variant=static.variant,
+        )
+        return y
+
+    *biases_and_scales, gate_aux, up_aux, down_aux = others
+    projections = [
+        WeightOperand(gate, gate_aux, static.formats[0]),
+        WeightOperand(up, up_aux, static.formats[1]),
+        WeightOperand(down, down_aux, static.formats[2]),
+    ]
+    return (for_each_platform(call, projections, [x, expert_ids, weights, *biases_and_scales]),)
 
 
 def _fold(op, static: _Static, size, batched, x, expert_ids, weights, *experts):
@@ -306,8 +344,7 @@ def _fold(op, static: _Static, size, batched, x, expert_ids, weights, *experts):
         num_experts = experts[2].shape[1]
         element = jnp.arange(size, dtype=jnp.int32)[:, None, None]
         expert_ids = fold_ids(expert_ids, element, num_experts)
-        # An absent operand has no elements and stays absent.
-        experts = tuple(e.reshape(-1, *e.shape[2:]) if e.size else e.reshape(-1) for e in experts)
+        experts = tuple(map(fold_experts, experts))
     (y,) = op(
         static,
         x.reshape(size * tokens, x.shape[2]),

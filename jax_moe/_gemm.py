@@ -10,7 +10,14 @@ from jax import Array
 
 from jax_moe import _check as check
 from jax_moe import _ffi
-from jax_moe._operands import float_operand, weight_operand
+from jax_moe._operands import (
+    WeightOperand,
+    float_operand,
+    for_each_platform,
+    gguf_layout,
+    weight_format,
+    weight_operand,
+)
 from jax_moe._packed import PackedExperts
 from jax_moe._reference import gemm_reference
 from jax_moe._variants import MoEVariant, as_variant, check_variant
@@ -89,7 +96,7 @@ def moe_gemm(
     if implementation == "reference":
         return gemm_reference(
             x,
-            weight,
+            gguf_layout(weight),
             sorted_token_ids,
             flat_expert_ids,
             topk_weights,
@@ -97,7 +104,7 @@ def moe_gemm(
             top_k=problem.top_k,
             round_activations=variant is MoEVariant.SCALAR_GGUF,
         ).astype(problem.y_dtype)
-    data, _ = weight_operand(weight)
+    data, aux, _ = weight_operand(weight)
     static = _Static(
         problem.top_k,
         problem.format,
@@ -107,7 +114,8 @@ def moe_gemm(
         problem.rows_are_pairs,
         problem.y_dtype,
     )
-    (y,) = _gemm_op(static, x, data, sorted_token_ids, flat_expert_ids, float_operand(topk_weights))
+    topk_weights = float_operand(topk_weights)
+    (y,) = _gemm_op(static, x, data, aux, sorted_token_ids, flat_expert_ids, topk_weights)
     return y
 
 
@@ -175,7 +183,7 @@ def gemm_problem(
         rows_are_pairs=bool(x.shape[0] != tokens),
         x_dtype=x.dtype,
         y_dtype=np.dtype(y_dtype),
-        format=weight_operand(weight)[1],
+        format=weight_format(weight),
         variant=variant,
     )
 
@@ -190,56 +198,70 @@ class _Static(NamedTuple):
     y_dtype: np.dtype
 
 
-def _run(static: _Static, x, weight, sorted_token_ids, flat_expert_ids, topk_weights):
-    pairs = sorted_token_ids.shape[0]
+def _run(static: _Static, x, data, aux, *ids_and_weights):
+    pairs = ids_and_weights[0].shape[0]
     check.pair_count(pairs)
     fixed, per_token = _ffi.native().gemm_workspace(
         top_k=static.top_k,
-        experts=weight.shape[0],
+        experts=data.shape[0],
         n=static.n,
         k=static.k,
         rows_are_pairs=static.rows_are_pairs,
     )
-    y, _ = _ffi.call(
-        "jax_moe_gemm",
-        (
-            jax.ShapeDtypeStruct((pairs, static.n), static.y_dtype),
-            jax.ShapeDtypeStruct((fixed + per_token * (pairs // static.top_k),), jnp.uint8),
-        ),
-        x,
-        weight,
-        sorted_token_ids,
-        flat_expert_ids,
-        topk_weights,
-        format=static.format,
-        top_k=static.top_k,
-        variant=static.variant,
+    results = (
+        jax.ShapeDtypeStruct((pairs, static.n), static.y_dtype),
+        jax.ShapeDtypeStruct((fixed + per_token * (pairs // static.top_k),), jnp.uint8),
     )
-    return (y,)
+
+    def call(weights, operands):
+        (weight,), (x, *rest) = weights, operands
+        y, _ = _ffi.call(
+            "jax_moe_gemm",
+            results,
+            x,
+            weight.data,
+            *rest,
+            weight.aux,
+            format=weight.format,
+            top_k=static.top_k,
+            variant=static.variant,
+        )
+        return y
+
+    weight = WeightOperand(data, aux, static.format)
+    return (for_each_platform(call, [weight], [x, *ids_and_weights]),)
 
 
-def _fold(op, static: _Static, size, batched, x, weight, pairs, experts, topk_weights):
+def _fold(op, static: _Static, size, batched, x, data, aux, pairs, experts, topk_weights):
     """Folds a batch into the token axis; a batch of weights into the expert axis as well."""
     x, pairs, experts, topk_weights = (
         _ffi.broadcast_batch(operand, is_batched, size)
         for operand, is_batched in zip(
-            (x, pairs, experts, topk_weights), (batched[0], *batched[2:]), strict=True
+            (x, pairs, experts, topk_weights), (batched[0], *batched[3:]), strict=True
         )
     )
     num_pairs = pairs.shape[1]
     element = jnp.arange(size, dtype=jnp.int32)[:, None]
-    if batched[1]:
-        experts = fold_ids(experts, element, weight.shape[1])
-        weight = weight.reshape(-1, *weight.shape[2:])
+    if batched[1] or batched[2]:
+        data = _ffi.broadcast_batch(data, batched[1], size)
+        aux = _ffi.broadcast_batch(aux, batched[2], size)
+        experts = fold_ids(experts, element, data.shape[1])
+        data, aux = fold_experts(data), fold_experts(aux)
     (y,) = op(
         static,
         x.reshape(size * x.shape[1], x.shape[2]),
-        weight,
+        data,
+        aux,
         fold_ids(pairs, element, num_pairs).reshape(-1),
         experts.reshape(-1),
         topk_weights.reshape(-1),
     )
     return (y.reshape(size, num_pairs, static.n),)
+
+
+def fold_experts(operand: Array) -> Array:
+    """A batch of an expert operand as one of more experts; an absent one stays absent."""
+    return operand.reshape(-1, *operand.shape[2:]) if operand.size else operand.reshape(-1)
 
 
 def fold_ids(ids: Array, element: Array, count: int) -> Array:

@@ -1,5 +1,6 @@
-"""Expert weights as a GGUF file packs them."""
+"""Expert weights as a GGUF file packs them, and the same bits in the order that GPUs read."""
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,29 +10,41 @@ from jax import Array
 
 from jax_moe._dequantize import dequantize
 from jax_moe._formats import BlockFormat, as_format
+from jax_moe._repack import BAND_ROWS, TILED_FORMATS, can_be_tiled, repack, unpack
+
+TILED = "tiled"
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedExperts:
-    """Matrices of experts in a GGUF block format: a pytree with one leaf, the bytes.
+    """Matrices of experts in a GGUF block format: a pytree whose leaf is the bytes.
 
     E, N and K always follow from `data`, so stacked layers, slices and shards are PackedExperts
-    too. The constructor checks nothing but the format, since transforms build pytrees of
-    placeholders; the ops check shapes and dtypes when they are traced.
+    too. The constructor checks nothing but the format and the name of the layout, since transforms
+    build pytrees of placeholders; the ops check shapes and dtypes when they are traced.
 
     Attributes:
       data: uint8 `[..., E, N, row_bytes]`. Row n of expert e multiplies an input to give output n;
         it is packed along K exactly as in a GGUF file. Leading axes are stacked layers.
       format: a `BlockFormat`; its name ("Q4_K") or a `gguf.GGMLQuantizationType` may be given.
         Static.
+      layout: None for GGUF's, or "tiled": what `prepack` makes. The same bits in the same number of
+        bytes, but in another order within every 16 rows, so that `data` may be sliced and sharded
+        along its leading axes and E only (along N in multiples of 16). Static.
+      aux: with the tiled layout only: float32 `[..., E, N, 2]`, a power of two near the inverse of
+        each row's largest scale, and a bound on the norms of its expert's rows.
     """
 
     data: Array
     format: BlockFormat = field(metadata={"static": True})
+    layout: str | None = field(default=None, metadata={"static": True})
+    aux: Array | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "format", as_format(self.format))
+        if self.layout not in (None, TILED):
+            raise ValueError(f"layout is None or {TILED!r}, not {self.layout!r}.")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,7 +60,94 @@ class PackedExperts:
     def dequantize(self, dtype: Any = jnp.float32) -> Array:
         """The weights `[..., E, N, K]` as an array of `dtype`, rounded once from exact float32.
 
-        Works inside and outside `jax.jit`, on any platform. Values whose magnitude is below 1e-36
-        may come out as zero, because XLA flushes subnormal numbers on the CPU.
+        Works inside and outside `jax.jit`, on any platform (the tiled layout: where the ops run).
+        Values whose magnitude is below 1e-36 may come out as zero, because XLA flushes subnormal
+        numbers on the CPU.
         """
-        return dequantize(self.data, self.format).astype(dtype)
+        return dequantize(self.unpack().data, self.format).astype(dtype)
+
+    def prepack(self, donate: bool = False) -> "PackedExperts":
+        """The same weights in the tiled layout, which the CUDA kernels read fastest.
+
+        Every op takes either layout, with results within the same bounds. On a CPU the ops first
+        undo the layout, at every call: prepack for GPUs. Works inside and outside `jax.jit`, and
+        outside shard by shard where `data` is sharded.
+
+        Args:
+          donate: deletes `data` when it has been read, so that no more than one weight is held
+            twice. Outside `jax.jit` only.
+
+        Returns:
+          `PackedExperts` with the layout "tiled", for which `unpack` gives the exact bytes back; or
+          self where GGUF's layout is what the kernels want: the formats IQ1_*, IQ2_*, IQ3_*, TQ*,
+          Q1_0 and Q2_0, and N that is no multiple of 16; or where it is tiled already.
+
+        Raises:
+          ValueError: the shape is not that of whole blocks, a sharding splits rows or bands of 16
+            rows, or `donate` is asked of a traced array.
+          ImportError: the native library cannot work with the installed jaxlib.
+        """
+        check_layout("self", self)
+        if self.layout == TILED or not can_be_tiled(self.format, self.data.shape):
+            return self
+        _check_donation(self.data, donate)
+        data, aux = repack(self.data, self.format)
+        _delete(self.data, donate)
+        return dataclasses.replace(self, data=data, layout=TILED, aux=aux)
+
+    def unpack(self, donate: bool = False) -> "PackedExperts":
+        """The inverse of `prepack`: the same weights in GGUF's layout; self where it is that.
+
+        Args, raises: as `prepack`.
+        """
+        if self.layout is None:
+            return self
+        check_layout("self", self)
+        _check_donation(self.data, donate)
+        data = unpack(self.data, self.format)
+        _delete(self.data, donate)
+        return PackedExperts(data, self.format)
+
+
+def check_layout(name: str, weight: PackedExperts) -> None:
+    """Checks that the shapes of `weight`, of any rank, and its aux fit its layout.
+
+    Raises: ValueError or TypeError naming the argument as `name`.
+    """
+    shape, block_bytes = weight.data.shape, weight.format.block_bytes
+    if shape[-1] % block_bytes:
+        raise ValueError(
+            f"{name}.data has rows of {shape[-1]} bytes, which is not a multiple of the "
+            f"{block_bytes} bytes of a {weight.format.name} block."
+        )
+    aux = weight.aux
+    if weight.layout is None:
+        if aux is not None:
+            raise ValueError(f"{name}.aux is for the tiled layout, but {name}.layout is None.")
+        return
+    if weight.format.name not in TILED_FORMATS:
+        raise ValueError(f"{name}.layout is None for {weight.format.name}, which cannot be tiled.")
+    if len(shape) < 2 or shape[-2] % BAND_ROWS:
+        raise ValueError(
+            f"{name} is tiled, so that N is a multiple of {BAND_ROWS}, but {name}.data has shape "
+            f"{tuple(shape)}."
+        )
+    if aux is None:
+        raise ValueError(f"{name} is tiled but has no aux; PackedExperts.prepack makes both.")
+    if not hasattr(aux, "shape") or aux.dtype != jnp.float32:
+        raise TypeError(f"{name}.aux has dtype float32, not {getattr(aux, 'dtype', type(aux))}.")
+    expected = (*shape[:-1], 2)
+    if tuple(aux.shape) != expected:
+        raise ValueError(
+            f"{name}.aux has shape [..., E, N, 2] = {expected}, not {tuple(aux.shape)}."
+        )
+
+
+def _check_donation(data: Array, donate: bool) -> None:
+    if donate and isinstance(data, jax.core.Tracer):
+        raise ValueError("donate: inside jax.jit the caller of the compiled function donates.")
+
+
+def _delete(data: Array, donate: bool) -> None:
+    if donate and isinstance(data, jax.Array):
+        data.delete()

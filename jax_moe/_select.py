@@ -8,6 +8,7 @@ import jax
 from jax_moe import _ffi
 from jax_moe._ffn import ffn_problem
 from jax_moe._gemm import gemm_problem
+from jax_moe._operands import gguf_format
 from jax_moe._variants import MoEVariant
 
 
@@ -65,7 +66,7 @@ def select_kernel(op: str, *args: Any, platform: str | None = None, **kwargs: An
             n=gemm.n,
             k=gemm.k,
             rows_are_pairs=gemm.rows_are_pairs,
-            format=gemm.format,
+            format=_format_on(platform, gemm.format),
             variant=0 if variant is None else variant.value,
             x_dtype=gemm.x_dtype.name,
             y_dtype=gemm.y_dtype.name,
@@ -80,10 +81,15 @@ def select_kernel(op: str, *args: Any, platform: str | None = None, **kwargs: An
             experts=ffn.num_experts,
             d_model=ffn.d_model,
             d_expert=ffn.d_expert,
-            down_format=ffn.formats[2],
+            down_format=_format_on(platform, ffn.formats[2]),
             variant=0 if variant is None else variant.value,
             x_dtype=ffn.x_dtype.name,
         )
     else:
         raise ValueError(f"op is 'moe_gemm' or 'moe_ffn', not {op!r}.")
     return KernelInfo(variant=variant, platform=platform, **described)
+
+
+def _format_on(platform: str, format: int) -> int:
+    """The format that the platform's kernel is given: only CUDA's take tiled weights."""
+    return format if platform == "cuda" else gguf_format(format)

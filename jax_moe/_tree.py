@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
 
+import jax
 import jax.numpy as jnp
 
 from jax_moe._block import MoEParams
 from jax_moe._ffn import Experts
 from jax_moe._formats import as_format
-from jax_moe._packed import PackedExperts
+from jax_moe._packed import TILED, PackedExperts
 from jax_moe._quantize import quantize
 
 
@@ -27,7 +28,9 @@ def to_tree(params: MoEParams) -> dict[str, Any]:
     """A block's arrays as nested dicts under the names of the fields, absent ones left out.
 
     A packed weight is a dict of one entry, `{"Q4_K": data}`. That way its format is in the names of
-    the tree, and survives whatever keeps names and arrays.
+    the tree, and survives whatever keeps names and arrays. In the tiled layout it is
+    `{"Q4_K_tiled": data, "aux": bits}`, with the bits of `aux` as integers, since nothing may train
+    or cast them.
     """
     return _node(params)
 
@@ -86,13 +89,13 @@ def quantize_params(params: MoEParams, format: Any) -> MoEParams:
             packed = quantize(parent[key], target)
         except (TypeError, ValueError) as error:
             raise type(error)(f"params.{name}: {error}") from error
-        parent[key] = {packed.format.name: packed.data}
+        parent[key] = _packed_node(packed)
     return from_tree(tree)
 
 
 def _node(value: Any) -> Any:
     if isinstance(value, PackedExperts):
-        return {value.format.name: value.data}
+        return _packed_node(value)
     if not isinstance(value, MoEParams | Experts):
         return value
     children = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
@@ -113,11 +116,36 @@ def _fields(cls: type, nodes: Mapping[str, Any], path: str) -> Any:
 def _weight(node: Any, path: str) -> Any:
     if not isinstance(node, Mapping):
         return node
+    layout, aux = None, None
+    if "aux" in node:
+        node = dict(node)
+        aux = _with_bits(node.pop("aux"), jnp.float32)
     if len(node) != 1:
         raise ValueError(f"{path} is an array or {{format: data}}, but has {sorted(node)}.")
     ((name, data),) = node.items()
+    if name.endswith(_TILED_SUFFIX):
+        name, layout = name.removesuffix(_TILED_SUFFIX), TILED
+    if (layout is None) != (aux is None):
+        raise ValueError(f"{path} has aux where, and only where, its data is tiled.")
     try:
         format = as_format(name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return PackedExperts(data, format)
+    return PackedExperts(data, format, layout, aux)
+
+
+_TILED_SUFFIX = f"_{TILED}"
+
+
+def _packed_node(weight: PackedExperts) -> dict[str, Any]:
+    if weight.layout is None:
+        return {weight.format.name: weight.data}
+    aux = _with_bits(weight.aux, jnp.uint32)
+    return {weight.format.name + _TILED_SUFFIX: weight.data, "aux": aux}
+
+
+def _with_bits(x: Any, dtype: Any) -> Any:
+    """x of a 4-byte dtype as another one with the same bits."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+    return jax.lax.bitcast_convert_type(x, dtype)

@@ -8,6 +8,7 @@ ffi::Error Ffn(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer expert_ids
                ffi::AnyBuffer weights, ffi::AnyBuffer gate, ffi::AnyBuffer up, ffi::AnyBuffer down,
                ffi::AnyBuffer gate_bias, ffi::AnyBuffer up_bias, ffi::AnyBuffer down_bias,
                ffi::AnyBuffer gate_scale, ffi::AnyBuffer up_scale, ffi::AnyBuffer down_scale,
+               ffi::AnyBuffer gate_aux, ffi::AnyBuffer up_aux, ffi::AnyBuffer down_aux,
                ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> workspace,
                int32_t gate_format, int32_t up_format, int32_t down_format, int32_t merged,
                int32_t activation, float limit, float beta, float linear_beta,
@@ -28,6 +29,9 @@ ffi::Error Ffn(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer expert_ids
   args.down = check.RequireWeights("down", down, down_format);
   if (gate_format >= 0) args.gate = check.RequireWeights("gate", gate, gate_format);
   if (up_format >= 0) args.up = check.RequireWeights("up", up, up_format);
+  check.RequireNoAux("gate_aux", gate_aux);
+  check.RequireNoAux("up_aux", up_aux);
+  check.RequireNoAux("down_aux", down_aux);
   if (!check.ok()) return check.error();
 
   const int64_t experts = args.down.experts, d_model = args.down.n, d_expert = args.down.k;
@@ -100,6 +104,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFfnCpu, jax_moe::cpu::Ffn,
                                   .Arg<xla::ffi::AnyBuffer>()  // gate_scale
                                   .Arg<xla::ffi::AnyBuffer>()  // up_scale
                                   .Arg<xla::ffi::AnyBuffer>()  // down_scale
+                                  .Arg<xla::ffi::AnyBuffer>()  // gate_aux
+                                  .Arg<xla::ffi::AnyBuffer>()  // up_aux
+                                  .Arg<xla::ffi::AnyBuffer>()  // down_aux
                                   .Ret<xla::ffi::AnyBuffer>()  // y
                                   .Ret<xla::ffi::AnyBuffer>()  // workspace
                                   .Attr<int32_t>("gate_format")

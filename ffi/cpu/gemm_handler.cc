@@ -6,12 +6,13 @@ namespace {
 
 ffi::Error Gemm(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weight,
                 ffi::AnyBuffer sorted_token_ids, ffi::AnyBuffer flat_expert_ids,
-                ffi::AnyBuffer topk_weights, ffi::Result<ffi::AnyBuffer> y,
-                ffi::Result<ffi::AnyBuffer> workspace, int32_t format, int32_t top_k,
-                int32_t variant) {
+                ffi::AnyBuffer topk_weights, ffi::AnyBuffer weight_aux,
+                ffi::Result<ffi::AnyBuffer> y, ffi::Result<ffi::AnyBuffer> workspace,
+                int32_t format, int32_t top_k, int32_t variant) {
   Checker check("jax_moe_gemm");
   GemmArgs args;
   args.weight = check.RequireWeights("weight", weight, format);
+  check.RequireNoAux("weight_aux", weight_aux);
   check.Require(top_k > 0, "top_k is " + std::to_string(top_k) + ", expected at least 1");
   check.Require(x.dimensions().size() == 2, "x has shape " + ShapeText(x) + ", expected rank 2");
   check.Require(sorted_token_ids.dimensions().size() == 1,
@@ -73,6 +74,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeGemmCpu, jax_moe::cpu::Gemm,
                                   .Arg<xla::ffi::AnyBuffer>()  // sorted_token_ids
                                   .Arg<xla::ffi::AnyBuffer>()  // flat_expert_ids
                                   .Arg<xla::ffi::AnyBuffer>()  // topk_weights
+                                  .Arg<xla::ffi::AnyBuffer>()  // weight_aux
                                   .Ret<xla::ffi::AnyBuffer>()  // y
                                   .Ret<xla::ffi::AnyBuffer>()  // workspace
                                   .Attr<int32_t>("format")

@@ -7,4 +7,6 @@ extern "C" {
 XLA_FFI_Error* JaxMoeGemmCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* JaxMoeFfnCpu(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* JaxMoeDequantizeCpu(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* JaxMoeRepackCpu(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* JaxMoeUnpackCpu(XLA_FFI_CallFrame* call_frame);
 }

@@ -64,11 +64,18 @@ class Checker {
     return static_cast<const float*>(buffer.untyped_data());
   }
 
+  // The aux of a tiled weight, which the CPU's kernels do not take.
+  void RequireNoAux(const char* name, const ffi::AnyBuffer& buffer) {
+    Require(Absent(buffer), std::string(name) + " must be absent");
+  }
+
   // A weight operand of a format. Dense: [E, N, K]; packed: bytes [E, N, row_bytes].
   Weights RequireWeights(const char* name, const ffi::AnyBuffer& buffer, int format) {
     Weights weights;
     int64_t elements = 0, bytes = 0;
-    if (!Require(BlockSize(format, &elements, &bytes),
+    if (!Require(format < 0 || (format & kTiledFormat) == 0,
+                 std::string(name) + " is tiled, expected GGUF's layout on the CPU") ||
+        !Require(BlockSize(format, &elements, &bytes),
                  std::string(name) + " has unknown format " + std::to_string(format)) ||
         !Require(buffer.dimensions().size() == 3,
                  std::string(name) + " has shape " + ShapeText(buffer) + ", expected rank 3")) {

@@ -10,6 +10,7 @@
 #include "ffi/blocks/dequantize.h"
 #include "ffi/cpu/handlers.h"
 #include "ffi/cpu/kernels.h"
+#include "ffi/cpu/repack.h"
 #include "ffi/cpu/route_handlers.h"
 #include "ffi/plan/cpu.h"
 #include "ffi/plan/cuda.h"
@@ -29,6 +30,8 @@ nb::dict CpuHandlers() {
       {"jax_moe_gemm", JaxMoeGemmCpu},
       {"jax_moe_ffn", JaxMoeFfnCpu},
       {"jax_moe_dequantize", JaxMoeDequantizeCpu},
+      {"jax_moe_repack", JaxMoeRepackCpu},
+      {"jax_moe_unpack", JaxMoeUnpackCpu},
   };
   nb::dict capsules;
   for (const auto& [name, handler] : handlers) {
@@ -107,6 +110,7 @@ NB_MODULE(_native, m) {
   m.def("build_info", &BuildInfo);
   m.def("cpu_handlers", &CpuHandlers);
   m.def("dequantize", &DequantizeRows, "type"_a, "data"_a);
+  m.def("can_be_tiled", [](int type) { return cpu::TiledBlockBytes(type) > 0; }, "type"_a);
 
   m.def(
       "gemm_workspace",
