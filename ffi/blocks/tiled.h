@@ -1,26 +1,27 @@
 // The tiled layout: the bits of GGUF's blocks in the order in which the CUDA kernels read them.
 //
-// A unit is 32 consecutive weights of a row, a chunk 4 units (the last one of a row may have fewer
-// where a block is shorter than 256 weights), a band 16 rows of an expert. A band occupies the bytes
-// that its rows occupy in GGUF's layout. Inside it are atoms in column order: two chunks (one block)
-// where a block has 256 weights, one chunk otherwise. Inside an atom come the planes, first those of
-// units and then those of rows. With w bytes an element, a plane of units is, for each chunk,
+// A unit is 32 consecutive weights of a row, a chunk 4 units (the last one of a row may have
+// fewer where a block is shorter than 256 weights), a band 16 rows of an expert. A band occupies
+// the bytes that its rows occupy in GGUF's layout. Inside it are atoms in column order: two chunks
+// (one block) where a block has 256 weights, one chunk otherwise. Inside an atom come the planes,
+// first those of units and then those of rows. With w bytes an element, a plane of units is, for
+// each chunk,
 //
 //     [row 0..15][unit of the chunk][w]        and a plane of rows        [row 0..15][w].
 //
-// The elements of one block, one after another, are its record: for each unit those of the planes of
-// units, then those of the planes of rows. A record has the bits of its block in another order.
+// The elements of one block, one after another, are its record: for each unit those of the planes
+// of units, then those of the planes of rows. A record has the bits of its block in another order.
 // Tiling<FORMAT> states that order, and everything else is derived from it:
 //
 //   struct Tiling<FORMAT> {
 //     static constexpr int kCodeBits;         // bits of a weight in the block
 //     static constexpr bool kNatural;         // how Packing places them in a unit's words
-//     static constexpr int kUnitPlanes[];     // bytes an element: codes first, then scales
-//     static constexpr int kRowPlanes[];      // absent where there are none
+//     using UnitPlanes = Planes<...>;         // bytes an element: codes first, then scales
+//     using RowPlanes = Planes<...>;
 //     // The bit of the block, byte 0's lowest is bit 0, which holds
-//     static JM_HD constexpr int Code(int w, int b);      // bit b of weight w of the block,
+//     static JM_HD constexpr int Code(int w, int b);        // bit b of weight w of the block,
 //     static JM_HD constexpr int UnitBit(int unit, int b);  // bit b after the unit's codes,
-//     static JM_HD constexpr int RowBit(int b);           // bit b of the planes of rows.
+//     static JM_HD constexpr int RowBit(int b);             // bit b of the planes of rows.
 //   };
 #pragma once
 
@@ -38,6 +39,17 @@ inline constexpr int kChunkUnits = 4;
 template <typename Format>
 struct Tiling;
 
+// The bytes of an element of each plane.
+template <int... kWidths>
+struct Planes {
+  static constexpr int kCount = sizeof...(kWidths);
+  static constexpr int kBytes = (0 + ... + kWidths);
+  static JM_HD constexpr int Width(int plane) {
+    const int widths[] = {kWidths..., 0};
+    return widths[plane];
+  }
+};
+
 namespace tiled {
 
 // A bit of a unit's codes: bit `bit` of weight `weight`.
@@ -46,8 +58,8 @@ struct CodeBit {
 };
 
 // What bit `position` of word `word` of a unit's codes holds. Linear packings put weights 2i and
-// 2i + 1, a pair, at the same bits of a word's halves, so that one mask takes both. Where `bits` does
-// not divide 16 the last pair goes into the bits that are left, one of each word.
+// 2i + 1, a pair, at the same bits of a word's halves, so that one mask takes both. Where `bits`
+// does not divide 16 the last pair goes into the bits that are left, one of each word.
 JM_HD constexpr CodeBit Packing(int bits, bool natural, int word, int position) {
   if (natural || bits == 8) {
     return {32 / bits * word + position / bits, position % bits};
@@ -71,7 +83,9 @@ JM_HD constexpr CodeBit Packing(int bits, bool natural, int word, int position) 
 // --- Where fields lie in GGUF's blocks ---
 
 // 16 bytes of nibbles: weights 0..15 in the low ones, 16..31 in the high ones.
-JM_HD constexpr int Nibble(int byte, int w, int b) { return 8 * (byte + w % 16) + 4 * (w / 16) + b; }
+JM_HD constexpr int Nibble(int byte, int w, int b) {
+  return 8 * (byte + w % 16) + 4 * (w / 16) + b;
+}
 
 // Nibbles of 256 weights: units 2i in the low and 2i + 1 in the high ones of 32 bytes.
 JM_HD constexpr int NibbleOf256(int byte, int w, int b) {
@@ -106,9 +120,11 @@ template <int kScaleBytes, bool kIsNatural>
 struct NibbleTiling {
   static constexpr int kCodeBits = 4;
   static constexpr bool kNatural = kIsNatural;
-  static constexpr int kUnitPlanes[] = {16, kScaleBytes};
+  using UnitPlanes = Planes<16, kScaleBytes>;
+  using RowPlanes = Planes<>;
   static JM_HD constexpr int Code(int w, int b) { return tiled::Nibble(kScaleBytes, w, b); }
   static JM_HD constexpr int UnitBit(int, int b) { return b; }
+  static JM_HD constexpr int RowBit(int) { return 0; }
 };
 template <>
 struct Tiling<Q4_0> : NibbleTiling<2, false> {};
@@ -123,11 +139,13 @@ template <int kScaleBytes>
 struct FiveBitTiling {
   static constexpr int kCodeBits = 5;
   static constexpr bool kNatural = false;
-  static constexpr int kUnitPlanes[] = {16, 4, kScaleBytes};
+  using UnitPlanes = Planes<16, 4, kScaleBytes>;
+  using RowPlanes = Planes<>;
   static JM_HD constexpr int Code(int w, int b) {
     return b < 4 ? tiled::Nibble(kScaleBytes + 4, w, b) : 8 * kScaleBytes + w;
   }
   static JM_HD constexpr int UnitBit(int, int b) { return b; }
+  static JM_HD constexpr int RowBit(int) { return 0; }
 };
 template <>
 struct Tiling<Q5_0> : FiveBitTiling<2> {};
@@ -138,28 +156,32 @@ template <>
 struct Tiling<Q8_0> {
   static constexpr int kCodeBits = 8;
   static constexpr bool kNatural = true;
-  static constexpr int kUnitPlanes[] = {16, 16, 2};
+  using UnitPlanes = Planes<16, 16, 2>;
+  using RowPlanes = Planes<>;
   static JM_HD constexpr int Code(int w, int b) { return 8 * (2 + w) + b; }
   static JM_HD constexpr int UnitBit(int, int b) { return b; }
+  static JM_HD constexpr int RowBit(int) { return 0; }
 };
 
 template <>
 struct Tiling<NVFP4> {
   static constexpr int kCodeBits = 4;
   static constexpr bool kNatural = true;
-  static constexpr int kUnitPlanes[] = {16, 2};
+  using UnitPlanes = Planes<16, 2>;
+  using RowPlanes = Planes<>;
   static JM_HD constexpr int Code(int w, int b) {
     return 8 * (4 + 8 * (w / 16) + w % 8) + 4 * (w / 8 % 2) + b;
   }
   static JM_HD constexpr int UnitBit(int unit, int b) { return 16 * unit + b; }
+  static JM_HD constexpr int RowBit(int) { return 0; }
 };
 
 template <>
 struct Tiling<Q2_K> {
   static constexpr int kCodeBits = 2;
   static constexpr bool kNatural = false;
-  static constexpr int kUnitPlanes[] = {8, 2};
-  static constexpr int kRowPlanes[] = {4};
+  using UnitPlanes = Planes<8, 2>;
+  using RowPlanes = Planes<4>;
   static JM_HD constexpr int Code(int w, int b) { return tiled::BitPair(16, w, b); }
   static JM_HD constexpr int UnitBit(int unit, int b) { return 16 * unit + b; }
   static JM_HD constexpr int RowBit(int b) { return 8 * 80 + b; }
@@ -169,8 +191,8 @@ template <>
 struct Tiling<Q3_K> {
   static constexpr int kCodeBits = 3;
   static constexpr bool kNatural = false;
-  static constexpr int kUnitPlanes[] = {8, 4};
-  static constexpr int kRowPlanes[] = {12, 2};
+  using UnitPlanes = Planes<8, 4>;
+  using RowPlanes = Planes<12, 2>;
   static JM_HD constexpr int Code(int w, int b) {
     return b < 2 ? tiled::BitPair(32, w, b) : tiled::BitOfUnit(0, w);
   }
@@ -189,8 +211,8 @@ template <>
 struct Tiling<Q4_K> {
   static constexpr int kCodeBits = 4;
   static constexpr bool kNatural = false;
-  static constexpr int kUnitPlanes[] = {16};
-  static constexpr int kRowPlanes[] = {16};
+  using UnitPlanes = Planes<16>;
+  using RowPlanes = Planes<16>;
   static JM_HD constexpr int Code(int w, int b) { return tiled::NibbleOf256(16, w, b); }
   static JM_HD constexpr int UnitBit(int, int) { return 0; }
   static JM_HD constexpr int RowBit(int b) { return tiled::SixBitScalesAndMinima(b); }
@@ -200,8 +222,8 @@ template <>
 struct Tiling<Q5_K> {
   static constexpr int kCodeBits = 5;
   static constexpr bool kNatural = false;
-  static constexpr int kUnitPlanes[] = {16, 4};
-  static constexpr int kRowPlanes[] = {16};
+  using UnitPlanes = Planes<16, 4>;
+  using RowPlanes = Planes<16>;
   static JM_HD constexpr int Code(int w, int b) {
     return b < 4 ? tiled::NibbleOf256(48, w, b) : tiled::BitOfUnit(16, w);
   }
@@ -213,8 +235,8 @@ template <>
 struct Tiling<Q6_K> {
   static constexpr int kCodeBits = 6;
   static constexpr bool kNatural = false;
-  static constexpr int kUnitPlanes[] = {16, 8, 2};
-  static constexpr int kRowPlanes[] = {2};
+  using UnitPlanes = Planes<16, 8, 2>;
+  using RowPlanes = Planes<2>;
   // Of every 128 weights, units 0 and 1 have the low nibbles of 64 bytes, 2 and 3 the high ones.
   static JM_HD constexpr int Code(int w, int b) {
     return b < 4 ? 8 * (64 * (w / 128) + w % 64) + 4 * (w / 64 % 2) + b
@@ -228,8 +250,8 @@ template <>
 struct Tiling<IQ4_XS> {
   static constexpr int kCodeBits = 4;
   static constexpr bool kNatural = true;
-  static constexpr int kUnitPlanes[] = {16};
-  static constexpr int kRowPlanes[] = {8};
+  using UnitPlanes = Planes<16>;
+  using RowPlanes = Planes<8>;
   static JM_HD constexpr int Code(int w, int b) {
     return tiled::Nibble(8 + 16 * (w / 32), w % 32, b);
   }
@@ -265,24 +287,13 @@ bool VisitTiledFormat(int type, F&& f) {
 
 namespace tiled {
 
-template <typename Format, typename = void>
-struct HasRowPlanes : std::false_type {};
-template <typename Format>
-struct HasRowPlanes<Format, std::void_t<decltype(Tiling<Format>::kRowPlanes)>> : std::true_type {};
-
-template <int kCount>
-JM_HD constexpr int Sum(const int (&sizes)[kCount]) {
-  int sum = 0;
-  for (int i = 0; i < kCount; ++i) sum += sizes[i];
-  return sum;
-}
-
 template <typename Format>
 struct Sizes {
   static constexpr int kUnits = Format::kBlock / 32;  // of a record
   static constexpr int kAtomUnits = kUnits == 8 ? 8 : kChunkUnits;
-  static constexpr int kUnitBytes = Sum(Tiling<Format>::kUnitPlanes);
-  static constexpr int kRowBytes = Format::kBytes - kUnits * kUnitBytes;
+  static constexpr int kUnitBytes = Tiling<Format>::UnitPlanes::kBytes;
+  static constexpr int kRowBytes = Tiling<Format>::RowPlanes::kBytes;
+  static_assert(kUnits * kUnitBytes + kRowBytes == Format::kBytes);
 };
 
 // The bit of a block that bit `bit` of its record holds.
@@ -296,10 +307,7 @@ constexpr int BlockBit(int bit) {
     const CodeBit code = Packing(T::kCodeBits, T::kNatural, in_unit / 32, in_unit % 32);
     return T::Code(32 * unit + code.weight, code.bit);
   }
-  if constexpr (HasRowPlanes<Format>::value) {
-    return T::RowBit(bit - Sizes<Format>::kUnits * kUnitBits);
-  }
-  return 0;
+  return T::RowBit(bit - Sizes<Format>::kUnits * kUnitBits);
 }
 
 // For every bit of a record the block's bit that it holds, and the other way round.
@@ -340,8 +348,8 @@ constexpr bool IsPermutation() {
 JAX_MOE_FORMATS(JAX_MOE_CASE)
 #undef JAX_MOE_CASE
 
-// Offset in its band of byte `byte` of the record of block `block` of row `row`, for rows of `units`
-// units.
+// Offset in its band of byte `byte` of the record of block `block` of row `row`, for rows of
+// `units` units.
 template <typename Format>
 JM_HD int64_t BandOffset(int row, int64_t block, int byte, int64_t units) {
   using S = Sizes<Format>;
@@ -353,12 +361,12 @@ JM_HD int64_t BandOffset(int row, int64_t block, int byte, int64_t units) {
   if (byte >= S::kUnits * S::kUnitBytes) {
     byte -= S::kUnits * S::kUnitBytes;
     offset += kBandRows * atom_units * S::kUnitBytes;
-    if constexpr (HasRowPlanes<Format>::value) {
-      for (const int width : Tiling<Format>::kRowPlanes) {
-        if (byte < width) return offset + row * width + byte;
-        offset += kBandRows * width;
-        byte -= width;
-      }
+    using Rows = typename Tiling<Format>::RowPlanes;
+    for (int plane = 0; plane < Rows::kCount; ++plane) {
+      const int width = Rows::Width(plane);
+      if (byte < width) return offset + row * width + byte;
+      offset += kBandRows * width;
+      byte -= width;
     }
     return offset;
   }
@@ -366,7 +374,9 @@ JM_HD int64_t BandOffset(int row, int64_t block, int byte, int64_t units) {
   const int chunk = unit / kChunkUnits, t = unit % kChunkUnits;
   const int chunk_units = atom_units < kChunkUnits ? atom_units : kChunkUnits;
   byte %= S::kUnitBytes;
-  for (const int width : Tiling<Format>::kUnitPlanes) {
+  using Units = typename Tiling<Format>::UnitPlanes;
+  for (int plane = 0; plane < Units::kCount; ++plane) {
+    const int width = Units::Width(plane);
     if (byte < width) {
       return offset + width * (kBandRows * kChunkUnits * chunk + row * chunk_units + t) + byte;
     }

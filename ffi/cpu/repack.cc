@@ -13,12 +13,13 @@ inline constexpr tiled::BitTables<F> kTables = tiled::MakeBitTables<F>();
 // Bit i of `to` is bit source[i] of `from`.
 template <int kBytes>
 void PermuteBits(const uint8_t* from, const uint16_t (&source)[8 * kBytes], uint8_t* to) {
+  uint8_t bits[8 * kBytes];
+  for (int i = 0; i < kBytes; ++i) {
+    for (int b = 0; b < 8; ++b) bits[8 * i + b] = from[i] >> b & 1;
+  }
   for (int i = 0; i < kBytes; ++i) {
     unsigned byte = 0;
-    for (int b = 0; b < 8; ++b) {
-      const unsigned s = source[8 * i + b];
-      byte |= (from[s / 8] >> s % 8 & 1u) << b;
-    }
+    for (int b = 0; b < 8; ++b) byte |= static_cast<unsigned>(bits[source[8 * i + b]]) << b;
     to[i] = static_cast<uint8_t>(byte);
   }
 }
@@ -26,17 +27,18 @@ void PermuteBits(const uint8_t* from, const uint16_t (&source)[8 * kBytes], uint
 // Calls f(offset in the band, offset in the record, bytes) for every element of a block's record.
 template <typename F, typename Copy>
 void ForEachElement(int row, int64_t block, int64_t units, Copy&& copy) {
-  const auto planes = [&](int byte, const auto& widths) {
-    for (const int width : widths) {
+  using S = tiled::Sizes<F>;
+  const auto copy_planes = [&](int byte, auto planes) {
+    for (int plane = 0; plane < planes.kCount; ++plane) {
+      const int width = planes.Width(plane);
       copy(tiled::BandOffset<F>(row, block, byte, units), byte, width);
       byte += width;
     }
   };
-  using S = tiled::Sizes<F>;
-  for (int unit = 0; unit < S::kUnits; ++unit) planes(unit * S::kUnitBytes, Tiling<F>::kUnitPlanes);
-  if constexpr (tiled::HasRowPlanes<F>::value) {
-    planes(S::kUnits * S::kUnitBytes, Tiling<F>::kRowPlanes);
+  for (int unit = 0; unit < S::kUnits; ++unit) {
+    copy_planes(unit * S::kUnitBytes, typename Tiling<F>::UnitPlanes());
   }
+  copy_planes(S::kUnits * S::kUnitBytes, typename Tiling<F>::RowPlanes());
 }
 
 // f(row of the band, block of the row, the block's place in GGUF's layout) for a band's blocks.

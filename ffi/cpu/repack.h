@@ -7,7 +7,7 @@
 
 namespace jax_moe::cpu {
 
-// Weights [experts, rows, row_bytes] of a format that can be tiled; rows is a multiple of kBandRows.
+// Weights [experts, rows, row_bytes] of a format that can be tiled; kBandRows divides rows.
 struct RepackShape {
   int64_t experts, rows, row_bytes;
 };

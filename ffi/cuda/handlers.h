@@ -11,4 +11,6 @@ XLA_FFI_Error* JaxMoeGemmCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* JaxMoeFfnCudaInitialize(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* JaxMoeFfnCuda(XLA_FFI_CallFrame* call_frame);
 XLA_FFI_Error* JaxMoeDequantizeCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* JaxMoeRepackCuda(XLA_FFI_CallFrame* call_frame);
+XLA_FFI_Error* JaxMoeUnpackCuda(XLA_FFI_CallFrame* call_frame);
 }

@@ -30,6 +30,8 @@ nb::dict CudaHandlers() {
   handlers["jax_moe_gemm"] = Bundle(JaxMoeGemmCuda, JaxMoeGemmCudaInitialize);
   handlers["jax_moe_ffn"] = Bundle(JaxMoeFfnCuda, JaxMoeFfnCudaInitialize);
   handlers["jax_moe_dequantize"] = Bundle(JaxMoeDequantizeCuda);
+  handlers["jax_moe_repack"] = Bundle(JaxMoeRepackCuda);
+  handlers["jax_moe_unpack"] = Bundle(JaxMoeUnpackCuda);
   return handlers;
 }
 

@@ -1,0 +1,85 @@
+// jax_moe_repack and jax_moe_unpack on CUDA.
+
+#include "ffi/cuda/repack.h"
+
+#include <optional>
+
+#include "ffi/cuda/check.h"
+#include "ffi/cuda/handlers.h"
+
+namespace jax_moe::cuda {
+namespace {
+
+using Weights = ffi::BufferR3<ffi::U8>;
+using Aux = ffi::BufferR3<ffi::F32>;
+
+constexpr int64_t kBandRows = 16;
+
+RepackShape ShapeOf(const Weights& data) {
+  return {data.dimensions()[0], data.dimensions()[1], data.dimensions()[2]};
+}
+
+// What is wrong with a call, none if nothing.
+std::optional<ffi::Error> Complaint(const std::string& op, const Weights& from, const Weights& to,
+                                    int format) {
+  const int64_t block_bytes = TiledBlockBytes(format);
+  if (block_bytes == 0) {
+    return Invalid(op, "format " + std::to_string(format) + " has no tiled layout");
+  }
+  const RepackShape shape = ShapeOf(from), result = ShapeOf(to);
+  if (shape.rows % kBandRows != 0 || shape.row_bytes % block_bytes != 0) {
+    return Invalid(op, "data must be [experts, a multiple of 16, a multiple of " +
+                           std::to_string(block_bytes) + "], not " + ShapeText(from));
+  }
+  if (result.experts != shape.experts || result.rows != shape.rows ||
+      result.row_bytes != shape.row_bytes) {
+    return Invalid(op, "the result " + ShapeText(to) + " must have data's shape " +
+                           ShapeText(from));
+  }
+  if (!IsAligned(from.untyped_data()) || !IsAligned(to.untyped_data())) {
+    return Invalid(op, "data is not aligned to 16 bytes");
+  }
+  return std::nullopt;
+}
+
+ffi::Error Repack(cudaStream_t stream, Weights data, ffi::Result<Weights> tiled,
+                  ffi::Result<Aux> aux, int32_t format) {
+  const std::string op = "jax_moe_repack";
+  if (const auto complaint = Complaint(op, data, *tiled, format)) return *complaint;
+  const RepackShape shape = ShapeOf(data);
+  const auto dims = aux->dimensions();
+  if (dims[0] != shape.experts || dims[1] != shape.rows || dims[2] != 2) {
+    return Invalid(op, "aux must be [experts, rows, 2], not " + ShapeText(*aux));
+  }
+  if (shape.experts * shape.rows == 0) return ffi::Error::Success();
+  return CudaError(op, LaunchRepack(format, shape, data.typed_data(), tiled->typed_data(),
+                                    aux->typed_data(), stream));
+}
+
+ffi::Error Unpack(cudaStream_t stream, Weights tiled, ffi::Result<Weights> data, int32_t format) {
+  const std::string op = "jax_moe_unpack";
+  if (const auto complaint = Complaint(op, tiled, *data, format)) return *complaint;
+  if (tiled.element_count() == 0) return ffi::Error::Success();
+  return CudaError(op, LaunchUnpack(format, ShapeOf(tiled), tiled.typed_data(),
+                                    data->typed_data(), stream));
+}
+
+}  // namespace
+}  // namespace jax_moe::cuda
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeRepackCuda, jax_moe::cuda::Repack,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<jax_moe::cuda::Weights>()
+                                  .Ret<jax_moe::cuda::Weights>()
+                                  .Ret<jax_moe::cuda::Aux>()
+                                  .Attr<int32_t>("format"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeUnpackCuda, jax_moe::cuda::Unpack,
+                              xla::ffi::Ffi::Bind()
+                                  .Ctx<xla::ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<jax_moe::cuda::Weights>()
+                                  .Ret<jax_moe::cuda::Weights>()
+                                  .Attr<int32_t>("format"),
+                              {xla::ffi::Traits::kCmdBufferCompatible});
