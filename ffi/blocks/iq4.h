@@ -6,13 +6,16 @@
 
 namespace jax_moe {
 
+// -127 -104 -83 -65  -49 -35 -22 -10  1 13 25 38  53 69 89 113
+JM_HD constexpr NibbleTable Iq4Values() {
+  return {{0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u}};
+}
+
 // 16 bytes of nibbles: weights 0..15 in the low ones, 16..31 in the high ones.
 template <int kAlign>
 JM_HD void LookupIq4(const uint8_t* nibbles, uint32_t (&q)[8]) {
-  // -127 -104 -83 -65  -49 -35 -22 -10  1 13 25 38  53 69 89 113
-  constexpr NibbleTable kValues = {{0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u}};
   uint32_t low[4], high[4];
-  LookupNibbles<kAlign>(kValues, nibbles, low, high);
+  LookupNibbles<kAlign>(Iq4Values(), nibbles, low, high);
   for (int j = 0; j < 4; ++j) {
     q[j] = low[j];
     q[j + 4] = high[j];

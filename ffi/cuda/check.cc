@@ -42,19 +42,30 @@ std::optional<Element> ElementOf(ffi::DataType type) {
 bool IsAligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 ffi::ErrorOr<Weight> ReadWeight(const std::string& op, const char* name,
-                                const ffi::AnyBuffer& buffer, int format) {
+                                const ffi::AnyBuffer& buffer, int format,
+                                const ffi::Buffer<ffi::F32>& aux) {
   const auto fail = [&](const std::string& what) {
     return ffi::Unexpected(Invalid(op, name + (" " + what)));
   };
   const auto dims = buffer.dimensions();
   if (dims.size() != 3) return fail("must have three dimensions, not " + ShapeText(buffer));
-  Weight weight = {static_cast<const uint8_t*>(buffer.untyped_data()),
-                   format,
-                   false,
-                   dims[0],
-                   dims[1],
-                   dims[2],
-                   0};
+  Weight weight = {};
+  weight.data = static_cast<const uint8_t*>(buffer.untyped_data());
+  weight.tiled = (format & kTiledFormat) != 0;
+  weight.format = format & ~kTiledFormat;
+  weight.experts = dims[0];
+  weight.rows = dims[1];
+  weight.columns = dims[2];
+  format = weight.format;
+  if (weight.tiled) {
+    if (FindTiledKernels(format) == nullptr || dims[1] % 16 != 0) {
+      return fail("cannot be tiled: ggml_type " + std::to_string(format) + ", " + ShapeText(buffer));
+    }
+    if (static_cast<int64_t>(aux.element_count()) != 2 * dims[0] * dims[1]) {
+      return fail("is tiled, and its aux does not match: " + ShapeText(aux));
+    }
+    weight.aux = aux.typed_data();
+  }
   if (const PackedFormat* packed = FindPackedFormat(format)) {
     if (buffer.element_type() != ffi::DataType::U8) return fail("must be uint8 blocks");
     if (dims[2] % packed->block_bytes != 0) {
@@ -76,6 +87,36 @@ ffi::ErrorOr<Weight> ReadWeight(const std::string& op, const char* name,
   }
   if (!IsAligned(weight.data)) return fail("is not aligned to 16 bytes");
   return weight;
+}
+
+bool IsHopper() {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major == 9;
+}
+
+const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile tile) {
+  const TiledKernels& kernels = *FindTiledKernels(weight.format);
+  if (tile == plan::CudaTiledTile::kNarrow) return kernels.narrow;
+  return kernels.wide[static_cast<int>(tile) - 1];
+}
+
+Layout TiledLayout(plan::CudaTiledTile tile) {
+  return tile == plan::CudaTiledTile::kNarrow ? Layout::kF16Narrow : Layout::kF16Wide;
+}
+
+TiledArgs TiledProduct(const Weight& weight, const Activations& x, int32_t pairs_a_row,
+                       const Lists& lists) {
+  TiledArgs args = {};
+  args.matrix[0] = {weight.data, weight.aux, weight.rows * weight.row_bytes, weight.rows};
+  args.rows = static_cast<int32_t>(weight.rows);
+  args.columns = static_cast<int32_t>(weight.columns);
+  args.row_bytes = weight.row_bytes;
+  args.x = x;
+  args.pairs_a_row = pairs_a_row;
+  args.lists = lists;
+  return args;
 }
 
 Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant, plan::CudaTile tile) {
@@ -111,6 +152,10 @@ GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile
 }
 
 cudaError_t ConfigureFormat(int format) {
+  if (format >= 0 && (format & kTiledFormat) != 0) {
+    const TiledKernels* kernels = FindTiledKernels(format & ~kTiledFormat);
+    return kernels == nullptr ? cudaSuccess : ConfigureTiled(*kernels, IsHopper());
+  }
   const PackedFormat* packed = FindPackedFormat(format);
   if (packed == nullptr) return cudaSuccess;
   const PackedKernels& kernels = packed->kernels;

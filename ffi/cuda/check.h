@@ -8,6 +8,7 @@
 #include <string>
 
 #include "ffi/cuda/gemm.h"
+#include "ffi/cuda/tiled_gemm.h"
 #include "ffi/plan/cuda.h"
 #include "ffi/shape_text.h"
 #include "ffi/targets.h"
@@ -34,17 +35,32 @@ const T* Optional(const ffi::AnyBuffer& buffer) {
 // A weight operand: packed blocks or a dense matrix of an expert, [experts, rows, columns].
 struct Weight {
   const uint8_t* data;
-  int format;
-  bool packed;
+  const float* aux;  // [experts, rows, 2] of the tiled layout (ffi/blocks/tiled.h), null in GGUF's
+  int format;        // ggml_type
+  bool packed, tiled;
   int64_t experts, rows, columns, row_bytes;
 };
 
-// Reads a weight operand of ggml_type `format`; an error names `name`.
+// Reads a weight operand and its aux; `format` is as in ffi/targets.h. An error names `name`.
 ffi::ErrorOr<Weight> ReadWeight(const std::string& op, const char* name,
-                                const ffi::AnyBuffer& buffer, int format);
+                                const ffi::AnyBuffer& buffer, int format,
+                                const ffi::Buffer<ffi::F32>& aux);
 
 // How the activations x of a product with `weight` are prepared.
 Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant, plan::CudaTile tile);
+
+// The kernel for a product with a tiled weight.
+const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile tile);
+
+// How the activations of a tiled weight are prepared.
+Layout TiledLayout(plan::CudaTiledTile tile);
+
+// The arguments of a product with a tiled weight, but for the result's.
+TiledArgs TiledProduct(const Weight& weight, const Activations& x, int32_t pairs_a_row,
+                       const Lists& lists);
+
+// Whether the current device has what the kernels of sm_90a need.
+bool IsHopper();
 
 // The kernel for a product, given the device's shared memory.
 GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile);

@@ -13,6 +13,16 @@ cudaError_t MakeLists(const Ffn& ffn, int tile_tokens, cudaStream_t stream) {
                     stream);
 }
 
+// How activations of this type are prepared for a weight, in `memory`.
+PreparedRows PrepareFor(const Ffn& ffn, const Weight& weight, Element type, int64_t rows,
+                        int64_t columns, uint8_t* memory) {
+  if (!weight.tiled) {
+    return {ChooseLayout(weight, type, ffn.variant, ffn.Tile()), rows, columns, memory};
+  }
+  return {TiledLayout(ffn.TiledTile()), rows, columns, memory,
+          ffn.variant == Variant::kScalarGguf};
+}
+
 // One product of the pairs with one or two weight matrices of one format; y is [pairs, y_pitch].
 class Products {
  public:
@@ -20,12 +30,14 @@ class Products {
 
   cudaError_t Run(const Weight& weight, const Weight* second, const PreparedRows& x,
                   int32_t pairs_a_row, float* y, int64_t y_pitch) {
-    const GemmKernel kernel = ChooseKernel(weight, x.layout, ffn_.Tile());
-    if (kernel.tile_tokens != tile_tokens_) {
-      tile_tokens_ = kernel.tile_tokens;
-      const cudaError_t status = MakeLists(ffn_, tile_tokens_, stream_);
-      if (status != cudaSuccess) return status;
+    if (weight.tiled) {
+      const cudaError_t status = RunTiled(weight, x, pairs_a_row, y, y_pitch);
+      if (status != cudaSuccess || second == nullptr) return status;
+      return RunTiled(*second, x, pairs_a_row, y + weight.rows, y_pitch);
     }
+    const GemmKernel kernel = ChooseKernel(weight, x.layout, ffn_.Tile());
+    const cudaError_t status = UseTiles(kernel.tile_tokens);
+    if (status != cudaSuccess) return status;
     GemmArgs args = {};
     args.weight[0] = weight.data;
     args.rows[0] = weight.rows;
@@ -38,8 +50,7 @@ class Products {
     args.k = weight.columns;
     args.x = ViewPrepared(x);
     args.pairs_a_row = pairs_a_row;
-    args.lists = {ffn_.Ints(ffn_.layout.pairs), ffn_.Tiles(), ffn_.Ints(ffn_.layout.num_tiles),
-                  MaxTiles(ffn_.pairs, ffn_.experts, kernel.tile_tokens)};
+    args.lists = CurrentLists();
     args.y = y;
     args.y_pitch = y_pitch;
     args.y_type = Element::kF32;
@@ -47,18 +58,83 @@ class Products {
     return LaunchGemm(kernel, args, stream_);
   }
 
+  // Gate and up, both tiled alike, and the activation: h, prepared for a tiled down projection.
+  cudaError_t RunActivated(const Weight* gate, const Weight& up, const PreparedRows& x,
+                           const PreparedRows& h) {
+    const TiledKernel& kernel = ChooseTiledKernel(up, ffn_.TiledTile());
+    const cudaError_t status = UseTiles(kernel.tile_tokens);
+    if (status != cudaSuccess) return status;
+    TiledArgs args = TiledProduct(up, ViewPrepared(x), ffn_.top_k, CurrentLists());
+    args.matrix[1] = args.matrix[0];
+    if (gate != nullptr) args.matrix[0].data = gate->data, args.matrix[0].aux = gate->aux;
+    if (ffn_.merged) {
+      args.rows = static_cast<int32_t>(ffn_.d_expert);
+      args.matrix[1].data += ffn_.d_expert * up.row_bytes;
+      args.matrix[1].aux += 2 * ffn_.d_expert;
+    }
+    const Activations to = ViewPrepared(h);
+    args.y = const_cast<void*>(to.values);
+    args.y_pitch = to.pitch;
+    args.h_scales = const_cast<float*>(to.scales);
+    args.activate = true;
+    args.gated = ffn_.gate.has_value();
+    args.pair_weight = ffn_.weights_before ? ffn_.weights : nullptr;
+    args.projection[0] = ffn_.gate_projection;
+    args.projection[1] = ffn_.up_projection;
+    args.activation = ffn_.activation;
+    args.limit = ffn_.limit;
+    args.beta = ffn_.beta;
+    args.linear_beta = ffn_.linear_beta;
+    return LaunchTiled(kernel, args, stream_);
+  }
+
  private:
+  cudaError_t UseTiles(int tile_tokens) {
+    if (tile_tokens == tile_tokens_) return cudaSuccess;
+    tile_tokens_ = tile_tokens;
+    return MakeLists(ffn_, tile_tokens, stream_);
+  }
+
+  Lists CurrentLists() const {
+    return {ffn_.Ints(ffn_.layout.pairs), ffn_.Tiles(), ffn_.Ints(ffn_.layout.num_tiles),
+            MaxTiles(ffn_.pairs, ffn_.experts, tile_tokens_)};
+  }
+
+  cudaError_t RunTiled(const Weight& weight, const PreparedRows& x, int32_t pairs_a_row, float* y,
+                       int64_t y_pitch) {
+    const TiledKernel& kernel = ChooseTiledKernel(weight, ffn_.TiledTile());
+    const cudaError_t status = UseTiles(kernel.tile_tokens);
+    if (status != cudaSuccess) return status;
+    TiledArgs args = TiledProduct(weight, ViewPrepared(x), pairs_a_row, CurrentLists());
+    args.y = y;
+    args.y_pitch = y_pitch;
+    args.y_type = Element::kF32;
+    return LaunchTiled(kernel, args, stream_);
+  }
+
   const Ffn& ffn_;
   cudaStream_t stream_;
   int tile_tokens_ = 0;
 };
 
+bool SameKind(const Weight& a, const Weight& b) {
+  return a.format == b.format && a.tiled == b.tiled;
+}
+
+// Whether gate, up and the activation are one launch: h then comes out as a tiled down projection
+// reads it. Rounding h to q8_1 needs its rows first.
+bool Fuses(const Ffn& ffn) {
+  const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
+  return up.tiled && ffn.down.tiled && ffn.variant != Variant::kScalarGguf &&
+         (!ffn.gate || !ffn.up || SameKind(*ffn.gate, up)) && ffn.d_expert % 16 == 0;
+}
+
 // gate and up: values [pairs, columns], gate's columns first.
 cudaError_t RunGateAndUp(const Ffn& ffn, int64_t columns, Products& products, cudaStream_t stream) {
   std::optional<Layout> prepared;
   const auto run = [&](const Weight& weight, const Weight* second, int64_t column) {
-    PreparedRows x = {ChooseLayout(weight, ffn.type, ffn.variant, ffn.Tile()), ffn.tokens,
-                      ffn.d_model, ffn.memory + ffn.layout.x};
+    const PreparedRows x =
+        PrepareFor(ffn, weight, ffn.type, ffn.tokens, ffn.d_model, ffn.memory + ffn.layout.x);
     if (prepared != x.layout) {
       const cudaError_t status = LaunchPrepare(ffn.x, ffn.type, x, stream);
       if (status != cudaSuccess) return status;
@@ -68,7 +144,7 @@ cudaError_t RunGateAndUp(const Ffn& ffn, int64_t columns, Products& products, cu
   };
   if (!ffn.gate) return run(*ffn.up, nullptr, 0);
   if (!ffn.up) return run(*ffn.gate, nullptr, 0);
-  if (ffn.gate->format == ffn.up->format) return run(*ffn.gate, &*ffn.up, 0);
+  if (SameKind(*ffn.gate, *ffn.up)) return run(*ffn.gate, &*ffn.up, 0);
   const cudaError_t status = run(*ffn.gate, nullptr, 0);
   return status == cudaSuccess ? run(*ffn.up, nullptr, ffn.d_expert) : status;
 }
@@ -79,17 +155,27 @@ cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream) {
   const bool gated = ffn.gate.has_value();
   const int64_t columns = gated ? 2 * ffn.d_expert : ffn.d_expert;
   Products products(ffn, stream);
-  cudaError_t status = RunGateAndUp(ffn, columns, products, stream);
-  if (status != cudaSuccess) return status;
-
-  const PreparedRows h = {ChooseLayout(ffn.down, Element::kF32, ffn.variant, ffn.Tile()), ffn.pairs,
-                          ffn.d_expert, ffn.memory + ffn.layout.h};
-  const float* values = ffn.Values();
-  status = LaunchActivate(
-      {gated ? values : nullptr, gated ? values + ffn.d_expert : values, columns,
-       ffn.gate_projection, ffn.up_projection, ffn.weights_before ? ffn.weights : nullptr,
-       ffn.expert_ids, ffn.experts, ffn.activation, ffn.limit, ffn.beta, ffn.linear_beta},
-      h, stream);
+  const PreparedRows h = PrepareFor(ffn, ffn.down, Element::kF32, ffn.pairs, ffn.d_expert,
+                                    ffn.memory + ffn.layout.h);
+  cudaError_t status;
+  if (Fuses(ffn)) {
+    const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
+    const PreparedRows x =
+        PrepareFor(ffn, up, ffn.type, ffn.tokens, ffn.d_model, ffn.memory + ffn.layout.x);
+    status = LaunchPrepare(ffn.x, ffn.type, x, stream);
+    if (status == cudaSuccess) {
+      status = products.RunActivated(gated && !ffn.merged ? &*ffn.gate : nullptr, up, x, h);
+    }
+  } else {
+    status = RunGateAndUp(ffn, columns, products, stream);
+    if (status != cudaSuccess) return status;
+    const float* values = ffn.Values();
+    status = LaunchActivate(
+        {gated ? values : nullptr, gated ? values + ffn.d_expert : values, columns,
+         ffn.gate_projection, ffn.up_projection, ffn.weights_before ? ffn.weights : nullptr,
+         ffn.expert_ids, ffn.experts, ffn.activation, ffn.limit, ffn.beta, ffn.linear_beta},
+        h, stream);
+  }
   if (status != cudaSuccess) return status;
   // gate and up have been read: down takes their place.
   status = products.Run(ffn.down, nullptr, h, /*pairs_a_row=*/1, ffn.Values(), ffn.d_model);

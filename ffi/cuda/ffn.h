@@ -32,6 +32,9 @@ struct Ffn {
   TokenTile* Tiles() const { return reinterpret_cast<TokenTile*>(memory + layout.tiles); }
   float* Values() const { return reinterpret_cast<float*>(memory + layout.values); }
   plan::CudaTile Tile() const { return plan::ChooseCudaTile(pairs, experts); }
+  plan::CudaTiledTile TiledTile() const {
+    return plan::ChooseCudaTiledTile(pairs, experts, IsHopper());
+  }
 };
 
 // Lists, prepared tokens, gate and up, prepared h, down, the sum over slots.

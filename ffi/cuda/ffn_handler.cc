@@ -36,27 +36,32 @@ ffi::ErrorOr<Projection> ReadProjection(const char* name, const F32& bias, const
 ffi::Error ReadAndRun(cudaStream_t stream, ffi::AnyBuffer x, S32Matrix expert_ids,
                       F32Matrix weights, ffi::AnyBuffer gate, ffi::AnyBuffer up,
                       ffi::AnyBuffer down, F32 gate_bias, F32 up_bias, F32 down_bias,
-                      F32 gate_scale, F32 up_scale, F32 down_scale, ffi::Result<ffi::AnyBuffer> y,
-                      ffi::Result<Bytes> workspace, const Options& options) {
+                      F32 gate_scale, F32 up_scale, F32 down_scale, F32 gate_aux, F32 up_aux,
+                      F32 down_aux, ffi::Result<ffi::AnyBuffer> y, ffi::Result<Bytes> workspace,
+                      const Options& options) {
   Ffn ffn = {};
   const std::optional<Element> type = ElementOf(x.element_type());
   if (!type || x.element_type() != y->element_type()) {
     return Invalid(kOp, "x and y must both be float32, float16 or bfloat16");
   }
-  const auto read_down = ReadWeight(kOp, "down", down, options.down_format);
+  const auto read_down = ReadWeight(kOp, "down", down, options.down_format, down_aux);
   if (!read_down.has_value()) return read_down.error();
   ffn.down = read_down.value();
   const auto read = [](const char* name, const ffi::AnyBuffer& buffer, int32_t format,
-                       std::optional<Weight>& weight) {
+                       const F32& aux, std::optional<Weight>& weight) {
     if (format < 0) return ffi::Error::Success();
-    const auto result = ReadWeight(kOp, name, buffer, format);
+    const auto result = ReadWeight(kOp, name, buffer, format, aux);
     if (!result.has_value()) return result.error();
     weight = result.value();
     return ffi::Error::Success();
   };
-  if (ffi::Error error = read("gate", gate, options.gate_format, ffn.gate); error.failure())
+  if (ffi::Error error = read("gate", gate, options.gate_format, gate_aux, ffn.gate);
+      error.failure()) {
     return error;
-  if (ffi::Error error = read("up", up, options.up_format, ffn.up); error.failure()) return error;
+  }
+  if (ffi::Error error = read("up", up, options.up_format, up_aux, ffn.up); error.failure()) {
+    return error;
+  }
 
   ffn.type = *type;
   ffn.merged = options.merged != 0;
@@ -127,13 +132,13 @@ ffi::Error ReadAndRun(cudaStream_t stream, ffi::AnyBuffer x, S32Matrix expert_id
 ffi::Error RunWithAttributes(cudaStream_t stream, ffi::AnyBuffer x, S32Matrix expert_ids,
                              F32Matrix weights, ffi::AnyBuffer gate, ffi::AnyBuffer up,
                              ffi::AnyBuffer down, F32 gate_bias, F32 up_bias, F32 down_bias,
-                             F32 gate_scale, F32 up_scale, F32 down_scale,
-                             ffi::Result<ffi::AnyBuffer> y, ffi::Result<Bytes> workspace,
+                             F32 gate_scale, F32 up_scale, F32 down_scale, F32 gate_aux,
+                             F32 up_aux, F32 down_aux, ffi::Result<ffi::AnyBuffer> y, ffi::Result<Bytes> workspace,
                              int32_t gate_format, int32_t up_format, int32_t down_format,
                              int32_t merged, int32_t activation, float limit, float beta,
                              float linear_beta, int32_t weights_before, int32_t variant) {
   return ReadAndRun(stream, x, expert_ids, weights, gate, up, down, gate_bias, up_bias, down_bias,
-                    gate_scale, up_scale, down_scale, y, workspace,
+                    gate_scale, up_scale, down_scale, gate_aux, up_aux, down_aux, y, workspace,
                     {gate_format, up_format, down_format, merged, activation, limit, beta,
                      linear_beta, weights_before, variant});
 }
@@ -166,6 +171,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFfnCuda, jax_moe::cuda::RunWithAttributes,
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<jax_moe::cuda::F32>()
+                                  .Arg<jax_moe::cuda::F32>()
+                                  .Arg<jax_moe::cuda::F32>()
                                   .Arg<jax_moe::cuda::F32>()
                                   .Arg<jax_moe::cuda::F32>()
                                   .Arg<jax_moe::cuda::F32>()

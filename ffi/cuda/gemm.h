@@ -10,6 +10,9 @@
 
 namespace jax_moe::cuda {
 
+// Tiles are spread over two dimensions of a grid, at most so many in one.
+inline constexpr int64_t kMaxGridY = 32768;
+
 // Up to a fixed number of pairs of one expert: entries begin .. begin + count - 1 of Lists::pairs.
 struct TokenTile {
   int32_t expert;
@@ -44,13 +47,20 @@ enum class Layout : int {
   kF16,   // as kF16Lanes, columns in their own order, no sums
   kBF16,  // columns in their own order, as they are
   kF32,
+  // f16 scaled as kF16Lanes, rows padded to chunks of 128 columns, for tiled weights: columns in the
+  // order in which tensor-core operands are read. Of a chunk's 32-column units, lane t of a quad has
+  // unit t. kF16Narrow: columns 8 i .. 8 i + 7 of each unit together; kF16Wide: columns 4 s .. 4 s + 3
+  // of each unit make the 16 columns of product s, the first two of each unit first.
+  kF16Narrow,
+  kF16Wide,
 };
 
 struct Activations {
   const void* values;   // [rows, pitch]
-  const float* scales;  // kS8Lanes: [rows, pitch / 32]; kF16*: [rows], what undoes the power of two
+  const float* scales;  // kS8Lanes: [rows, pitch / 32]; kF16*: [rows], what undoes the power of 2
   const uint32_t* sums;  // kF16Lanes: [rows, pitch / 16], the first bf16 in the low half
-  int64_t pitch;         // a multiple of 64
+  int64_t pitch;         // a multiple of 64; kF16Narrow and kF16Wide: of 128
+  const float* norms;    // kF16Narrow and kF16Wide: [rows], Euclidean norm of the scaled row
 };
 
 enum class Element : int { kF32 = 0, kF16 = 1, kBF16 = 30 };

@@ -16,9 +16,10 @@ using Bytes = ffi::BufferR1<ffi::U8>;
 
 ffi::Error Gemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight_buffer,
                 S32Vector sorted_token_ids, S32Vector flat_expert_ids,
-                ffi::BufferR1<ffi::F32> topk_weights, ffi::Result<ffi::AnyBuffer> y,
+                ffi::BufferR1<ffi::F32> topk_weights, ffi::Buffer<ffi::F32> weight_aux,
+                ffi::Result<ffi::AnyBuffer> y,
                 ffi::Result<Bytes> workspace, int32_t format, int32_t top_k, int32_t variant) {
-  const auto read = ReadWeight(kOp, "weight", weight_buffer, format);
+  const auto read = ReadWeight(kOp, "weight", weight_buffer, format, weight_aux);
   if (!read.has_value()) return read.error();
   const Weight& weight = read.value();
   const int64_t pairs = sorted_token_ids.dimensions()[0];
@@ -60,10 +61,17 @@ ffi::Error Gemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight_buf
   const auto ints = [&](int64_t offset) { return reinterpret_cast<int32_t*>(memory + offset); };
   const int32_t experts = static_cast<int32_t>(weight.experts);
   const plan::CudaTile tile = plan::ChooseCudaTile(pairs, weight.experts);
-  const Layout x_layout = ChooseLayout(weight, *x_type, static_cast<Variant>(variant), tile);
-  const GemmKernel kernel = ChooseKernel(weight, x_layout, tile);
+  const plan::CudaTiledTile tiled_tile =
+      plan::ChooseCudaTiledTile(pairs, weight.experts, IsHopper());
+  const bool rounds = static_cast<Variant>(variant) == Variant::kScalarGguf;
+  const Layout x_layout = weight.tiled
+                              ? TiledLayout(tiled_tile)
+                              : ChooseLayout(weight, *x_type, static_cast<Variant>(variant), tile);
+  const int tile_tokens = weight.tiled ? ChooseTiledKernel(weight, tiled_tile).tile_tokens
+                                       : ChooseKernel(weight, x_layout, tile).tile_tokens;
   auto* tiles = reinterpret_cast<TokenTile*>(memory + layout.tiles);
-  const PreparedRows prepared = {x_layout, x_dims[0], weight.columns, memory + layout.x};
+  const PreparedRows prepared = {x_layout, x_dims[0], weight.columns, memory + layout.x,
+                                 weight.tiled && rounds};
 
   cudaError_t status =
       LaunchPairExperts(sorted_token_ids.typed_data(), flat_expert_ids.typed_data(), pairs,
@@ -71,7 +79,7 @@ ffi::Error Gemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight_buf
   if (status == cudaSuccess) {
     status = LaunchSort(
         {ints(layout.expert_ids), pairs, experts, ints(layout.pairs), nullptr, ints(layout.offsets),
-         ints(layout.counts), tiles, ints(layout.num_tiles), kernel.tile_tokens},
+         ints(layout.counts), tiles, ints(layout.num_tiles), tile_tokens},
         stream);
   }
   if (status == cudaSuccess) {
@@ -79,7 +87,18 @@ ffi::Error Gemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight_buf
                             *y_type, stream);
   }
   if (status == cudaSuccess) status = LaunchPrepare(x.untyped_data(), *x_type, prepared, stream);
-  if (status == cudaSuccess) {
+  if (status != cudaSuccess) return CudaError(kOp, status);
+  const Lists lists = {ints(layout.pairs), tiles, ints(layout.num_tiles),
+                       MaxTiles(pairs, weight.experts, tile_tokens)};
+  const float* pair_weight = num_weights == 0 ? nullptr : topk_weights.typed_data();
+  if (weight.tiled) {
+    TiledArgs args = TiledProduct(weight, ViewPrepared(prepared), rows_are_pairs ? 1 : top_k, lists);
+    args.pair_weight = pair_weight;
+    args.y = y->untyped_data();
+    args.y_pitch = weight.rows;
+    args.y_type = *y_type;
+    status = LaunchTiled(ChooseTiledKernel(weight, tiled_tile), args, stream);
+  } else {
     GemmArgs args = {};
     args.weight[0] = weight.data;
     args.rows[0] = weight.rows;
@@ -88,14 +107,13 @@ ffi::Error Gemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight_buf
     args.k = weight.columns;
     args.x = ViewPrepared(prepared);
     args.pairs_a_row = rows_are_pairs ? 1 : top_k;
-    args.lists = {ints(layout.pairs), tiles, ints(layout.num_tiles),
-                  MaxTiles(pairs, weight.experts, kernel.tile_tokens)};
-    args.pair_weight = num_weights == 0 ? nullptr : topk_weights.typed_data();
+    args.lists = lists;
+    args.pair_weight = pair_weight;
     args.y = y->untyped_data();
     args.y_pitch = weight.rows;
     args.y_type = *y_type;
     args.log_splits = plan::ChooseCudaLogSplits(weight.columns);
-    status = LaunchGemm(kernel, args, stream);
+    status = LaunchGemm(ChooseKernel(weight, x_layout, tile), args, stream);
   }
   return CudaError(kOp, status);
 }
@@ -123,6 +141,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeGemmCuda, jax_moe::cuda::Gemm,
                                   .Arg<jax_moe::cuda::S32Vector>()
                                   .Arg<jax_moe::cuda::S32Vector>()
                                   .Arg<xla::ffi::BufferR1<xla::ffi::F32>>()
+                                  .Arg<xla::ffi::Buffer<xla::ffi::F32>>()
                                   .Ret<xla::ffi::AnyBuffer>()
                                   .Ret<jax_moe::cuda::Bytes>()
                                   .Attr<int32_t>("format")

@@ -6,7 +6,6 @@ namespace jax_moe::cuda {
 namespace {
 
 constexpr int kDefaultSharedBytes = 48 * 1024;
-constexpr int64_t kMaxGridY = 32768;
 
 }  // namespace
 

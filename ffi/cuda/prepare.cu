@@ -19,6 +19,16 @@ __device__ float RowMax(float value) {
   return value;
 }
 
+__device__ float RowSum(float value) {
+  __shared__ float warp_sums[kThreads / 32];
+  for (int d = 16; d > 0; d /= 2) value += __shfl_xor_sync(0xffffffffu, value, d);
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
+  __syncthreads();
+  value = 0;
+  for (int w = 0; w < kThreads / 32; ++w) value += warp_sums[w];
+  return value;
+}
+
 // The power of two that brings `max` to 2^14 .. 2^15. It and its inverse are normal float32. Rows
 // that are not finite stay as they are, so that it shows in the result.
 __device__ int RowExponent(float max) {
@@ -29,18 +39,20 @@ __device__ int RowExponent(float max) {
 // One block a row.
 template <typename Rows>
 __global__ void __launch_bounds__(kThreads)
-    Prepare(const __grid_constant__ Rows rows, Activations to, Layout layout, int64_t columns) {
+    Prepare(const __grid_constant__ Rows rows, Activations to, Layout layout, int64_t columns,
+            bool rounds) {
   const int64_t row = blockIdx.x;
   if (!rows.Has(row)) return;
-  const bool scaled = layout == Layout::kF16Lanes || layout == Layout::kF16;
-  const bool lanes = layout == Layout::kF16Lanes || layout == Layout::kS8Lanes;
+  const bool scaled =
+      layout == Layout::kF16Lanes || layout == Layout::kF16 || IsTiled(layout);
   const int64_t groups = to.pitch / 8;
   const auto load = [&](int64_t base) {
     Group group;
     group.index = base + threadIdx.x;
     group.inside = group.index < groups;
-    group.lanes = lanes;
+    group.layout = layout;
     group.Load(rows, row, columns);
+    if (rounds) group.RoundToQ8();
     return group;
   };
   // The first group stays in registers between the search for the maximum and the writing.
@@ -63,8 +75,15 @@ __global__ void __launch_bounds__(kThreads)
       const_cast<float*>(to.scales) + row * scales_a_row,
       const_cast<uint32_t*>(to.sums) + row * (to.pitch / 16)};
   // Quads exchange sums, so whole warps take part.
+  float squares = 0;
   for (int64_t base = 0; base < groups; base += kThreads) {
-    Write(out, base == 0 ? first : load(base), factor);
+    const Group group = base == 0 ? first : load(base);
+    Write(out, group, factor);
+    if (IsTiled(layout)) squares += group.Squares(factor);
+  }
+  if (IsTiled(layout)) {
+    squares = RowSum(squares);
+    if (threadIdx.x == 0) const_cast<float*>(to.norms)[row] = 1.001f * sqrtf(squares);
   }
 }
 
@@ -72,7 +91,7 @@ template <typename Rows>
 cudaError_t Launch(const Rows& rows, const PreparedRows& to, cudaStream_t stream) {
   if (to.rows == 0) return cudaSuccess;
   Prepare<<<static_cast<unsigned>(to.rows), kThreads, 0, stream>>>(rows, ViewPrepared(to),
-                                                                   to.layout, to.columns);
+                                                                   to.layout, to.columns, to.rounds);
   return cudaGetLastError();
 }
 

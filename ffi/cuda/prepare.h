@@ -15,9 +15,17 @@ struct PreparedRows {
   Layout layout;
   int64_t rows, columns;
   uint8_t* memory;
+  bool rounds = false;  // kF16Narrow and kF16Wide: values are rounded to q8_1 first
 };
 
-inline int64_t PreparedPitch(int64_t columns) { return (columns + 63) / 64 * 64; }
+inline __host__ __device__ bool IsTiled(Layout layout) {
+  return layout == Layout::kF16Narrow || layout == Layout::kF16Wide;
+}
+
+inline int64_t PreparedPitch(Layout layout, int64_t columns) {
+  const int64_t unit = IsTiled(layout) ? 128 : 64;
+  return (columns + unit - 1) / unit * unit;
+}
 
 inline __host__ __device__ int LayoutBytes(Layout layout) {
   return layout == Layout::kF32 || layout == Layout::kPlanes ? 4
@@ -25,14 +33,14 @@ inline __host__ __device__ int LayoutBytes(Layout layout) {
                                                              : 2;
 }
 
-// The values, then what goes with them; at most 4 bytes a column and 4 a row.
+// The values, then what goes with them; at most 4 bytes a column and 8 a row.
 inline Activations ViewPrepared(const PreparedRows& to) {
-  const int64_t pitch = PreparedPitch(to.columns);
+  const int64_t pitch = PreparedPitch(to.layout, to.columns);
   uint8_t* after = to.memory + to.rows * pitch * LayoutBytes(to.layout);
   auto* sums = reinterpret_cast<uint32_t*>(after);
   auto* scales = reinterpret_cast<float*>(after);
   if (to.layout == Layout::kF16Lanes) scales += to.rows * (pitch / 16);
-  return {to.memory, scales, sums, pitch};
+  return {to.memory, scales, sums, pitch, scales + to.rows};
 }
 
 // Prepares x [rows, columns].

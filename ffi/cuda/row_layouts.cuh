@@ -12,30 +12,40 @@ namespace jax_moe::cuda {
 
 __device__ __forceinline__ float MaxWithNan(float a, float b) { return a > b || a != a ? a : b; }
 
-// Eight values of a row that stand next to each other in the layout. In lane order, lane t of a
-// quad has columns 4t .. 4t + 3 and 16 + 4t .. 16 + 4t + 3 of every 32.
+// Eight values of a row that stand next to each other in the layout, from runs of consecutive
+// columns: pairs in Layout::kF16Wide, else fours. In lane order, lane t of a quad has columns
+// 4t .. 4t + 3 and 16 + 4t .. 16 + 4t + 3 of every 32.
 struct Group {
   int64_t index;
   bool inside;  // false: past the end of the row; takes part in exchanges only
-  bool lanes;
+  Layout layout;
   float v[8];
 
-  // The columns of v[0 .. 3] and v[4 .. 7] begin here.
-  __device__ int64_t Column(int half) const {
-    if (!lanes) return index * 8 + half * 4;
-    return index / 4 * 32 + index % 4 * 4 + half * 16;
+  __device__ bool Lanes() const {
+    return layout == Layout::kF16Lanes || layout == Layout::kS8Lanes;
+  }
+  // The column of v[i].
+  __device__ int64_t Column(int i) const {
+    if (Lanes()) return index / 4 * 32 + index % 4 * 4 + i / 4 * 16 + i % 4;
+    const int64_t chunk = index / 16 * 128;
+    if (layout == Layout::kF16Narrow) return chunk + index % 4 * 32 + index % 16 / 4 * 8 + i;
+    if (layout == Layout::kF16Wide)
+      return chunk + i / 2 * 32 + index % 16 / 2 * 4 + index % 2 * 2 + i % 2;
+    return index * 8 + i;
   }
   template <typename Rows>
   __device__ void Load(const Rows& rows, int64_t row, int64_t columns) {
+    const bool fours = inside && columns % 4 == 0 && layout != Layout::kF16Wide;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t column = Column(half);
       Four four = {};
-      if (inside && columns % 4 == 0) {
-        if (column < columns) four = rows.At4(row, column);
+      if (fours) {
+        if (Column(4 * half) < columns) four = rows.At4(row, Column(4 * half));
       } else if (inside) {
-        for (int i = 0; i < 4; ++i)
-          four.v[i] = column + i < columns ? rows.At(row, column + i) : 0.0f;
+        for (int i = 0; i < 4; ++i) {
+          const int64_t column = Column(4 * half + i);
+          four.v[i] = column < columns ? rows.At(row, column) : 0.0f;
+        }
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[4 * half + i] = four.v[i];
@@ -45,6 +55,28 @@ struct Group {
     float max = 0;
     for (const float x : v) max = MaxWithNan(fabsf(x), max);
     return max;
+  }
+  // In the tiled layouts, whose chunks of 128 columns are 16 consecutive groups: every 32 columns to
+  // multiples of a 127th of their largest magnitude.
+  __device__ void RoundToQ8() {
+    const bool pairs = layout == Layout::kF16Wide;
+#pragma unroll
+    for (int first = 0; first < 8; first += 2) {
+      float max = pairs ? MaxWithNan(fabsf(v[first]), fabsf(v[first + 1])) : Max();
+      for (int d = pairs ? 1 : 4; d < 16; d *= 2) {
+        max = MaxWithNan(__shfl_xor_sync(0xffffffffu, max, d), max);
+      }
+      const float scale = max / 127.0f;
+      if (!(scale > 0 && scale < INFINITY)) continue;
+      for (int i = first; i < (pairs ? first + 2 : 8); ++i) v[i] = roundf(v[i] / scale) * scale;
+      if (!pairs) break;
+    }
+  }
+  // Of the values times `factor`; finite where these are at most 2^15.
+  __device__ float Squares(float factor) const {
+    float sum = 0;
+    for (const float x : v) sum = fmaf(x * factor, x * factor, sum);
+    return sum;
   }
 };
 
@@ -160,6 +192,8 @@ __device__ __forceinline__ void Write(const OutRow& out, const Group& group, flo
   switch (out.layout) {
     case Layout::kF16Lanes:
     case Layout::kF16:
+    case Layout::kF16Narrow:
+    case Layout::kF16Wide:
       return WriteHalves(out, group, factor);
     case Layout::kS8Lanes:
       return WriteS8(out, group);

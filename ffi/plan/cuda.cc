@@ -41,6 +41,13 @@ CudaTile ChooseCudaTile(int64_t pairs, int64_t experts) {
   return mean <= 5 ? CudaTile::kNarrow : mean <= 40 ? CudaTile::kMedium : CudaTile::kWide;
 }
 
+CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, bool hopper) {
+  const double mean =
+      static_cast<double>(pairs) / static_cast<double>(std::max<int64_t>(experts, 1));
+  if (!hopper || mean <= 8) return CudaTiledTile::kNarrow;
+  return mean <= 28 ? CudaTiledTile::k32 : mean <= 60 ? CudaTiledTile::k64 : CudaTiledTile::k128;
+}
+
 CudaTileShape ShapeOfCudaTile(CudaTile tile, bool packed, Variant variant) {
   if (!packed) return {16, tile == CudaTile::kVector || tile == CudaTile::kNarrow ? 8 : 64};
   if (variant == Variant::kScalarGguf) return {16, 8};

@@ -13,6 +13,10 @@ enum class CudaTile : int { kVector = 0, kNarrow = 1, kMedium = 2, kWide = 3 };
 // From the mean number of pairs an expert: grids may depend on shapes only, not on the routing.
 CudaTile ChooseCudaTile(int64_t pairs, int64_t experts);
 
+// The kernels for tiled weights: 8 tokens a tile, or on Hopper 32, 64 or 128.
+enum class CudaTiledTile : int { kNarrow = 0, k32 = 1, k64 = 2, k128 = 3 };
+CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, bool hopper);
+
 // Weight rows of a thread block and tokens of a tile.
 struct CudaTileShape {
   int rows, tokens;

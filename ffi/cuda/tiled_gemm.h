@@ -1,0 +1,66 @@
+// Grouped products with tiled weights: arguments and kernels.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "ffi/cuda/gemm.h"
+#include "ffi/cuda/prepare.h"
+
+namespace jax_moe::cuda {
+
+// A weight matrix of every expert, or some of its rows: expert e's begin at data + e * expert_bytes.
+struct TiledMatrix {
+  const uint8_t* data;
+  const float* aux;  // [.., 2] a row: normaliser, largest row norm of the expert
+  int64_t expert_bytes;
+  int64_t expert_rows;  // rows of aux an expert
+};
+
+// Either y[p, n] = weight_p * (W x), or, with `activate`, h[p, n] = act(gate x, up x) prepared as the
+// activations of the next product.
+struct TiledArgs {
+  TiledMatrix matrix[2];  // activate: gate (or absent) and up; else the first alone
+  int32_t rows;           // of a matrix, a multiple of 16
+  int32_t columns;        // K
+  int64_t row_bytes;
+  Activations x;  // kF16Narrow or kF16Wide
+  int32_t pairs_a_row;
+  Lists lists;
+  const float* pair_weight;  // null: 1; activate: multiplies gate and up, before scale and bias
+  void* y;                   // activate: f16 [pairs, y_pitch] in x's layout
+  int64_t y_pitch;
+  Element y_type;
+  // With `activate` only.
+  bool activate, gated;
+  Projection projection[2];
+  Activation activation;
+  float limit, beta, linear_beta;
+  float* h_scales;  // [pairs]: what undoes the scaling of h
+};
+
+// A kernel, the tokens of its tiles and the weight rows of its thread blocks.
+struct TiledKernel {
+  const void* function;
+  int threads, tile_tokens;
+  int block_rows;  // of one matrix, or half of it of gate and up each
+  int shared_bytes;
+  bool pads_rows;  // writes zeros of h up to its pitch
+};
+
+struct TiledKernels {
+  TiledKernel narrow;   // 8 tokens, kF16Narrow
+  TiledKernel wide[3];  // 32, 64 and 128 tokens, kF16Wide; Hopper only
+};
+
+// The kernels for weights of ggml_type `format`; null where the format has no tiled layout.
+const TiledKernels* FindTiledKernels(int format);
+
+cudaError_t LaunchTiled(const TiledKernel& kernel, const TiledArgs& args, cudaStream_t stream);
+
+// Lets the kernels use their shared memory on the current device. Before the first launch, outside of
+// capture.
+cudaError_t ConfigureTiled(const TiledKernels& kernels, bool hopper);
+
+}  // namespace jax_moe::cuda

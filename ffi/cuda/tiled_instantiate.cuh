@@ -1,0 +1,35 @@
+// The kernels of one tiled block format, for the files that instantiate them.
+#pragma once
+
+#include "ffi/cuda/tiled_formats.h"
+#include "ffi/cuda/tiled_narrow.cuh"
+#include "ffi/cuda/tiled_wide.cuh"
+
+namespace jax_moe::cuda {
+
+template <typename Format, int kTokens>
+TiledKernel DescribeTiledWide() {
+  using Shape = TiledWideShape<Format, kTokens>;
+  return {reinterpret_cast<const void*>(&TiledWide<Format, kTokens>),
+          Shape::kThreads,
+          kTokens,
+          16 * Shape::kBands,
+          Shape::kSharedBytes,
+          /*pads_rows=*/true};
+}
+
+template <typename Format>
+const TiledKernels& Tiled() {
+  using Narrow = TiledNarrowShape<Format>;
+  static const TiledKernels kernels = {
+      {reinterpret_cast<const void*>(&TiledNarrow<Format>), 32 * Narrow::kWarps, Narrow::kTokens,
+       2 * Narrow::kRows, sizeof(typename Narrow::Memory), /*pads_rows=*/false},
+      {DescribeTiledWide<Format, 32>(), DescribeTiledWide<Format, 64>(),
+       DescribeTiledWide<Format, 128>()}};
+  return kernels;
+}
+
+}  // namespace jax_moe::cuda
+
+#define JAX_MOE_INSTANTIATE_TILED(FORMAT) \
+  template const jax_moe::cuda::TiledKernels& jax_moe::cuda::Tiled<jax_moe::FORMAT>();

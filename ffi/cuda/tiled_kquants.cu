@@ -1,0 +1,5 @@
+#include "ffi/cuda/tiled_instantiate.cuh"
+
+JAX_MOE_INSTANTIATE_TILED(Q4_K)
+JAX_MOE_INSTANTIATE_TILED(Q5_K)
+JAX_MOE_INSTANTIATE_TILED(Q6_K)

@@ -1,0 +1,5 @@
+#include "ffi/cuda/tiled_instantiate.cuh"
+
+JAX_MOE_INSTANTIATE_TILED(Q4_0)
+JAX_MOE_INSTANTIATE_TILED(Q4_1)
+JAX_MOE_INSTANTIATE_TILED(Q8_0)

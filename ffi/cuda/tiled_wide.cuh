@@ -1,0 +1,377 @@
+// Tiled weights times many tokens of an expert, on Hopper: bound by the tensor cores.
+//
+// One warpgroup brings the operands: bulk copies of weight bands, and token rows gathered by index in
+// the tensor cores' 128-byte swizzle. The other warpgroups each have 128 weight rows (64 of gate and
+// the same 64 of up, or two times 64): they decode weights in registers, which are the A operand of a
+// warpgroup product whose B operand are the tokens in shared memory. Every weight is decoded once a
+// token tile. While one warpgroup decodes, the other's products keep the tensor cores busy.
+#pragma once
+
+#include "ffi/cuda/hopper.cuh"
+#include "ffi/cuda/ptx.cuh"
+#include "ffi/cuda/tiled_epilogue.cuh"
+#include "ffi/cuda/tiled_unit.cuh"
+
+namespace jax_moe::cuda {
+
+template <typename Format, int kTokens>
+struct TiledWideShape {
+  static constexpr int kGroups = kTokens >= 128 ? 2 : 1;  // warpgroups that multiply
+  static constexpr int kThreads = 128 * (kGroups + 1);
+  static constexpr int kBlocks = kTokens >= 128 ? 1 : kTokens >= 64 ? 2 : 3;  // a multiprocessor
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = kTokens >= 128 ? 232 : kTokens >= 64 ? 216 : 120;
+  static constexpr int kBands = 8 * kGroups;
+  static constexpr int kChunk = 128;  // columns
+  static constexpr int kAtomChunks = TiledUnit<Format>::kChunks;
+  static constexpr int kAtomBytes = 16 * kAtomChunks * kChunk / Format::kBlock * Format::kBytes;
+  static constexpr int kWeightBytes = kBands * kAtomBytes;    // a stage
+  static constexpr int kTokenBytes = kTokens * 2 * kChunk;    // a stage
+  static constexpr int kBudget = (232448 - 1024 * kBlocks) / kBlocks - 4096;
+  // Two stages of tokens at least; what is left goes to weights first.
+  static constexpr int kWeightStages =
+      std::max(2, std::min(4, (kBudget - 3 * kTokenBytes) / kWeightBytes));
+  static constexpr int kTokenStages =
+      std::max(2, std::min(4, (kBudget - kWeightStages * kWeightBytes) / kTokenBytes));
+  static constexpr int kLookahead = std::min(2, kTokenStages - 1);
+
+  struct Memory {
+    alignas(1024) uint8_t tokens[kTokenStages][kTokenBytes];
+    alignas(128) uint8_t weights[kWeightStages][kBands][kAtomBytes];
+    uint64_t weights_full[kWeightStages], weights_empty[kWeightStages];
+    uint64_t tokens_full[kTokenStages], tokens_empty[kTokenStages];
+    int32_t pair[kTokens];
+    float factor[kTokens], h_factor[kTokens];
+    float reduced[4];
+  };
+  static constexpr int kSharedBytes = sizeof(Memory) + 1024;  // for its alignment
+
+  // A warpgroup's sums, over the operands; the padding spreads a quad's tokens over the banks.
+  struct Staged {
+    float sum[2][kTokens][64 + 4];
+  };
+  static_assert(kGroups * sizeof(Staged) <= kTokenStages * kTokenBytes +
+                                                kWeightStages * kWeightBytes);
+};
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+template <int kId, int kThreads>
+__device__ __forceinline__ void NamedBarrier() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
+}
+
+struct Producers {
+  __device__ static int Thread() { return threadIdx.x; }
+  __device__ static int Threads() { return 128; }
+  __device__ static void Sync() { NamedBarrier<2, 128>(); }
+};
+
+// A ring's place and parity after n steps.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void Next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
+template <typename Format, int kTokens>
+class TiledWideBlock {
+ public:
+  using Shape = TiledWideShape<Format, kTokens>;
+  using Memory = typename Shape::Memory;
+  using Tiled = TiledUnit<Format>;
+
+  __device__ __forceinline__ TiledWideBlock(const TiledArgs& args, Memory& memory,
+                                            const TokenTile& tile)
+      : args_(args),
+        m_(memory),
+        tile_(tile),
+        chunks_((args.columns + Shape::kChunk - 1) / Shape::kChunk) {}
+
+  __device__ __forceinline__ void Run() {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < Shape::kWeightStages; ++i) {
+        InitBarrier(m_.weights_full + i, 1);
+        InitBarrier(m_.weights_empty + i, 4 * Shape::kGroups);
+      }
+      for (int i = 0; i < Shape::kTokenStages; ++i) {
+        InitBarrier(m_.tokens_full + i, 128);
+        InitBarrier(m_.tokens_empty + i, 4 * Shape::kGroups);
+      }
+      FenceBarrierInit();
+    }
+    if (threadIdx.x < tile_.count) m_.pair[threadIdx.x] = args_.lists.pairs[tile_.begin + threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x < 128) {
+      GiveRegisters<Shape::kProducerRegisters>();
+      Produce();
+    } else {
+      TakeRegisters<Shape::kConsumerRegisters>();
+      Consume();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ bool Paired() const { return args_.activate && args_.gated; }
+
+  // Which matrix and which of its bands stands in place `slot` of a stage; bands past the end repeat
+  // the last one.
+  __device__ __forceinline__ int MatrixOf(int slot) const {
+    return Paired() ? slot / 4 % 2 : args_.activate ? 1 : 0;
+  }
+  __device__ __forceinline__ int BandOf(int slot) const {
+    if (!Paired()) return blockIdx.x * Shape::kBands + slot;
+    return blockIdx.x * (Shape::kBands / 2) + slot / 8 * 4 + slot % 4;
+  }
+  __device__ __forceinline__ int Clamped(int band) const { return min(band, args_.rows / 16 - 1); }
+
+  __device__ __forceinline__ void Produce() {
+    const int lane = threadIdx.x % 32;
+    const bool copies_weights = threadIdx.x < Shape::kBands;
+    const uint8_t* band = nullptr;
+    if (copies_weights) {
+      const TiledMatrix& matrix = args_.matrix[MatrixOf(lane)];
+      band = matrix.data + tile_.expert * matrix.expert_bytes +
+             Clamped(BandOf(lane)) * 16 * args_.row_bytes;
+    }
+    RingPosition<Shape::kWeightStages> w;
+    RingPosition<Shape::kTokenStages> x, arrived;
+    for (int chunk = 0; chunk < chunks_ + Shape::kLookahead; ++chunk) {
+      if (chunk < chunks_) {
+        if (chunk % Shape::kAtomChunks == 0) {
+          if (threadIdx.x < 32) {
+            WaitBarrier(m_.weights_empty + w.stage, w.parity ^ 1);
+            const int column = chunk * Shape::kChunk;
+            const int bytes = TiledRow<Format>::BandBytes(
+                min(Shape::kAtomChunks * Shape::kChunk, args_.columns - column));
+            if (lane == 0) ArriveExpectBytes(m_.weights_full + w.stage, Shape::kBands * bytes);
+            __syncwarp();
+            if (copies_weights) {
+              BulkCopy(m_.weights[w.stage][lane], band + TiledRow<Format>::BandBytes(column), bytes,
+                       m_.weights_full + w.stage);
+            }
+          }
+          w.Next();
+        }
+        WaitBarrier(m_.tokens_empty + x.stage, x.parity ^ 1);
+        CopyTokens(m_.tokens[x.stage], chunk);
+        x.Next();
+      }
+      CommitCopies();
+      if (chunk >= Shape::kLookahead) {
+        WaitCopies<Shape::kLookahead>();
+        FenceAsyncProxy();
+        Arrive(m_.tokens_full + arrived.stage);
+        arrived.Next();
+      }
+    }
+    MakeFactors();
+    NamedBarrier<3, Shape::kThreads>();
+  }
+
+  // 256 bytes a token, in two halves of rows of 128 bytes.
+  __device__ __forceinline__ void CopyTokens(uint8_t* stage, int chunk) const {
+    const int piece = threadIdx.x % 8;
+    const half* x = static_cast<const half*>(args_.x.values) + chunk * Shape::kChunk + piece * 8;
+#pragma unroll
+    for (int i = 0; i < kTokens / 16; ++i) {
+      const int token = threadIdx.x / 8 + 16 * i;
+      if (token >= tile_.count) break;
+      const half* from = x + static_cast<int64_t>(m_.pair[token] / args_.pairs_a_row) * args_.x.pitch;
+      uint8_t* to = stage + token * 128 + (piece ^ token % 8) * 16;
+      CopyAsync16(to, from);
+      CopyAsync16(to + kTokens * 128, from + 64);
+    }
+  }
+
+  __device__ __forceinline__ void MakeFactors() {
+    float bias[2] = {};
+    if (args_.activate) {
+      if (args_.gated) {
+        bias[0] = LargestBias<Producers>(args_.projection[0], tile_.expert, args_.rows, m_.reduced);
+      }
+      bias[1] = LargestBias<Producers>(args_.projection[1], tile_.expert, args_.rows, m_.reduced);
+    }
+    if (threadIdx.x >= tile_.count) return;
+    const int pair = m_.pair[threadIdx.x];
+    m_.factor[threadIdx.x] = PairFactor(args_, pair);
+    if (args_.activate) {
+      m_.h_factor[threadIdx.x] = ScaleOfH(args_, tile_.expert, pair, bias, blockIdx.x == 0);
+    }
+  }
+
+  __device__ __forceinline__ int Slot(int tile) const {
+    const int warp = threadIdx.x / 32 - 4;
+    return warp / 4 * 8 + tile * 4 + warp % 4;
+  }
+  // The row's normaliser of row `row` of a slot's band.
+  __device__ __forceinline__ float RowScale(int slot, int row) const {
+    const TiledMatrix& matrix = args_.matrix[MatrixOf(slot)];
+    return matrix.aux[(tile_.expert * matrix.expert_rows + Clamped(BandOf(slot)) * 16 + row) * 2];
+  }
+
+  __device__ __forceinline__ void Consume() {
+    const int lane = threadIdx.x % 32, g = lane / 4;
+    float normaliser[2][2];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      normaliser[i / 2][i % 2] = 0x1p24f / RowScale(Slot(i / 2), g + 8 * (i % 2));
+    }
+    RingPosition<Shape::kWeightStages> w;
+    RingPosition<Shape::kTokenStages> x;
+    for (int chunk = 0; chunk < chunks_; ++chunk) {
+      const int part = chunk % Shape::kAtomChunks;
+      if (part == 0) WaitBarrier(m_.weights_full + w.stage, w.parity);
+      LaneUnit<Format> unit[2][2];
+      typename Tiled::Place place = {min(4, args_.columns / 32 - 4 * chunk), part, g, lane % 4};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        place.row = g + 8 * (i % 2);
+        unit[i / 2][i % 2].Load(m_.weights[w.stage][Slot(i / 2)], place, normaliser[i / 2][i % 2]);
+      }
+      if (part == Shape::kAtomChunks - 1 || chunk == chunks_ - 1) {
+        __syncwarp();
+        if (lane == 0) Arrive(m_.weights_empty + w.stage);
+        w.Next();
+      }
+      WaitBarrier(m_.tokens_full + x.stage, x.parity);
+      MultiplySteps(unit, SwizzledOperand(m_.tokens[x.stage]));
+      WaitWarpgroup<0>();
+      if (lane == 0) Arrive(m_.tokens_empty + x.stage);
+      x.Next();
+    }
+    NamedBarrier<3, Shape::kThreads>();
+    StoreResults();
+  }
+
+  // The 8 products of a chunk. Operands of a step are decoded while the last one's products run.
+  __device__ __forceinline__ void MultiplySteps(const LaneUnit<Format> (&unit)[2][2],
+                                                uint64_t tokens) {
+    uint32_t a[2][2][4];
+    Step<0>(unit, tokens, a);
+    Step<1>(unit, tokens, a);
+    Step<2>(unit, tokens, a);
+    Step<3>(unit, tokens, a);
+    Step<4>(unit, tokens, a);
+    Step<5>(unit, tokens, a);
+    Step<6>(unit, tokens, a);
+    Step<7>(unit, tokens, a);
+  }
+
+  template <int kStep>
+  __device__ __forceinline__ void Step(const LaneUnit<Format> (&unit)[2][2], uint64_t tokens,
+                                       uint32_t (&a)[2][2][4]) {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile) {
+      uint32_t (&operand)[4] = a[kStep % 2][tile];
+      unit[tile][0].template Decode<kStep>(operand[0], operand[2]);
+      unit[tile][1].template Decode<kStep>(operand[1], operand[3]);
+    }
+    const uint64_t b = tokens + (kStep / 4 * kTokens * 128 + kStep % 4 * 32) / 16;
+    FenceWarpgroup();
+    WarpgroupF16<kTokens>::Multiply(sum_[0], a[kStep % 2][0], b);
+    WarpgroupF16<kTokens>::Multiply(sum_[1], a[kStep % 2][1], b);
+    CommitWarpgroup();
+    WaitWarpgroup<1>();
+  }
+
+  // Sums go through shared memory, which the operands no longer need, so that what follows is one
+  // small loop over tokens with coalesced stores.
+  __device__ __forceinline__ void StoreResults() {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, g = lane / 4, t = lane % 4;
+    auto& staged =
+        *(reinterpret_cast<typename Shape::Staged*>(&m_) + (threadIdx.x / 128 - 1));
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) {
+      const int token = i / 4 * 8 + 2 * t + i % 2, row = 16 * warp + g + i / 2 % 2 * 8;
+      staged.sum[0][token][row] = sum_[0][i];
+      staged.sum[1][token][row] = sum_[1][i];
+    }
+    __syncwarp();
+    NamedBarrier<4, 128 * Shape::kGroups>();
+    if (args_.activate) {
+      for (int tile = Paired() ? 1 : 0; tile < 2; ++tile) StoreActivated(staged, tile);
+    } else {
+      for (int tile = 0; tile < 2; ++tile) StoreSums(staged, tile);
+    }
+  }
+
+  // First row of the 64 of one of this warpgroup's tiles, and what its normaliser is in lane order.
+  __device__ __forceinline__ int FirstRow(int tile) const {
+    return BandOf((threadIdx.x / 128 - 1) * 8 + tile * 4) * 16;
+  }
+  __device__ __forceinline__ float2 Normalisers(int tile, int n) const {
+    const int slot = (threadIdx.x / 128 - 1) * 8 + tile * 4 + n / 16;
+    return {RowScale(slot, n % 16), RowScale(slot, n % 16 + 1)};
+  }
+
+  // A warp takes every fourth token, a lane two rows.
+  __device__ __forceinline__ void StoreSums(const typename Shape::Staged& staged, int tile) const {
+    const int n = threadIdx.x % 32 * 2, row = FirstRow(tile) + n;
+    if (row >= args_.rows) return;
+    const float2 scale = Normalisers(tile, n);
+#pragma unroll 4
+    for (int token = threadIdx.x / 32 % 4; token < tile_.count; token += 4) {
+      const float2 sum = *reinterpret_cast<const float2*>(&staged.sum[tile][token][n]);
+      const float factor = m_.factor[token];
+      const int64_t at = m_.pair[token] * args_.y_pitch + row;
+      Store(args_.y, at, args_.y_type, sum.x * scale.x * factor);
+      Store(args_.y, at + 1, args_.y_type, sum.y * scale.y * factor);
+    }
+  }
+
+  // Rows past the end are zeros: the next product reads whole chunks.
+  __device__ __forceinline__ void StoreActivated(const typename Shape::Staged& staged,
+                                                 int tile) const {
+    const int lane = threadIdx.x % 32;
+    const int n = lane % 2 * 32 + lane / 2 * 2;  // in the order of WidePlace
+    const int row = FirstRow(tile) + n;
+    if (row >= args_.y_pitch) return;
+    const bool present = row < args_.rows;
+    const float2 gate_scale = Normalisers(0, n), up_scale = Normalisers(tile, n);
+    half* y = static_cast<half*>(args_.y) + row / 128 * 128 + WidePlace(row % 128);
+#pragma unroll 1
+    for (int token = threadIdx.x / 32 % 4; token < tile_.count; token += 4) {
+      const float factor = m_.factor[token], h_factor = m_.h_factor[token];
+      const float2 gate = *reinterpret_cast<const float2*>(&staged.sum[0][token][n]);
+      const float2 up = *reinterpret_cast<const float2*>(&staged.sum[tile][token][n]);
+      half2 h = {};
+      if (present) {
+        h.x = ActivateToHalf(args_, gate.x * gate_scale.x * factor, up.x * up_scale.x * factor,
+                             tile_.expert, row, h_factor);
+        h.y = ActivateToHalf(args_, gate.y * gate_scale.y * factor, up.y * up_scale.y * factor,
+                             tile_.expert, row + 1, h_factor);
+      }
+      *reinterpret_cast<half2*>(y + m_.pair[token] * args_.y_pitch) = h;
+    }
+  }
+
+  const TiledArgs& args_;
+  Memory& m_;
+  const TokenTile tile_;
+  const int chunks_;
+  float sum_[2][kTokens / 2] = {};
+};
+
+#endif  // __CUDA_ARCH_FEAT_SM90_ALL
+
+template <typename Format, int kTokens>
+__global__ void __launch_bounds__(TiledWideShape<Format, kTokens>::kThreads,
+                                  TiledWideShape<Format, kTokens>::kBlocks)
+    TiledWide(const __grid_constant__ TiledArgs args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Block = TiledWideBlock<Format, kTokens>;
+  extern __shared__ uint8_t shared[];
+  TokenTile tile;
+  if (!FindTile(args.lists, &tile)) return;
+  const uint32_t address = SharedAddress(shared);
+  auto& memory =
+      *reinterpret_cast<typename Block::Memory*>(shared + ((1024 - address % 1024) % 1024));
+  Block(args, memory, tile).Run();
+#endif
+}
+
+}  // namespace jax_moe::cuda
