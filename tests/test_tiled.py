@@ -1,0 +1,458 @@
+"""The tiled layout of packed experts: its bytes, the way back, and the ops on it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import tiled_oracle
+from jax import export
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_moe
+from jax_moe import Experts, MoEConfig, MoEParams, MoEVariant, PackedExperts, Routing, _ffi
+from jax_moe._formats import FORMATS
+from jax_moe._repack import TILED_FORMATS
+from jax_moe._tree import from_tree, is_trainable, to_tree
+
+E, H, F, T, K = 4, 64, 96, 5, 2
+
+by_format = pytest.mark.parametrize("name", tiled_oracle.FORMATS)
+
+
+def random_bytes(name, *shape, seed=0):
+    """Packed experts [..., N, K] of any bytes, as numpy."""
+    *leading, k = shape
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (*leading, FORMATS[name].row_bytes(k)), dtype=np.uint8)
+
+
+def widths(name):
+    return [k for k in (32, 64, 96, 160, 256, 704, 768) if k % FORMATS[name].block_size == 0]
+
+
+def experts(seed=0, gate="Q4_0", up="IQ4_NL", down="Q8_0"):
+    return Experts(
+        gate=oracle.packed(gate, E, F, H, seed)[0],
+        up=oracle.packed(up, E, F, H, seed)[0],
+        down=oracle.packed(down, E, H, F, seed)[0],
+    )
+
+
+def inputs(seed=0, dtype="float32"):
+    rng = np.random.default_rng(seed)
+    routing = oracle.random_routing(rng, T, E, K)
+    ids = routing.expert_ids.at[0, 1].set(-1).at[2].set(E)
+    return oracle.normal(rng, (T, H), dtype), Routing(ids, routing.weights)
+
+
+def stack(*trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def gemm(x, weight, routing, **options):
+    dispatch = jax_moe.sort_by_expert(routing.expert_ids, weight.shape[0])
+    ids = dispatch.sorted_token_ids, dispatch.flat_expert_ids
+    return jax_moe.moe_gemm(x, weight, *ids, top_k=K, topk_weights=routing.weights, **options)
+
+
+OPS = {
+    "gemm": lambda x, routing, w: gemm(x, w.up, routing),
+    "ffn": lambda x, routing, w: jax_moe.moe_ffn(x, routing, w),
+}
+
+
+@pytest.fixture(params=OPS)
+def op(request):
+    return OPS[request.param]
+
+
+def assert_same(a, b):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def close(a, b):
+    np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-6)
+
+
+# --- Bytes ---
+
+
+def test_the_formats_that_can_be_tiled():
+    native = _ffi.native()
+    assert {n for n, f in FORMATS.items() if native.can_be_tiled(f.ggml_type)} == TILED_FORMATS
+    assert set(tiled_oracle.FORMATS) == TILED_FORMATS
+
+
+@by_format
+def test_every_bit_of_a_row_goes_to_one_place_and_back(name):
+    """Bands with a single bit set: a permutation and its inverse."""
+    format, seen = FORMATS[name], set()
+    row_bytes = format.row_bytes(widths(name)[0])
+    bit = np.arange(8 * row_bytes)
+    for row in (0, 11):
+        data = np.zeros((len(bit), 16, row_bytes), np.uint8)
+        data[bit, row, bit // 8] = 1 << bit % 8
+        packed = PackedExperts(jnp.asarray(data), format)
+        tiled = packed.prepack()
+        ones = np.unpackbits(np.asarray(tiled.data).reshape(len(bit), -1), axis=1)
+        assert (ones.sum(axis=1) == 1).all()
+        seen |= set(ones.argmax(axis=1))
+        assert_same(tiled.unpack().data, data)
+    assert len(seen) == 2 * len(bit)
+
+
+@by_format
+def test_bytes_and_the_way_back(name):
+    for k in widths(name):
+        data = random_bytes(name, 2, 3, 48, k)
+        packed = PackedExperts(jnp.asarray(data), name)
+        tiled = packed.prepack()
+        assert (tiled.layout, tiled.format, tiled.shape) == ("tiled", packed.format, packed.shape)
+        assert tiled.aux.shape == (2, 3, 48, 2) and tiled.aux.dtype == jnp.float32
+        expected = tiled_oracle.tile(name, data.reshape(6, 48, -1), FORMATS[name].block_bytes)
+        assert_same(tiled.data, expected.reshape(data.shape))
+        back = tiled.unpack()
+        assert back.layout is None and back.aux is None
+        assert_same(back.data, data)
+
+
+@by_format
+def test_aux(name):
+    format, k = FORMATS[name], max(widths(name)[1:3])
+    data = [random_bytes(name, 3, 32, k), np.asarray(oracle.packed(name, 3, 32, k)[0].data)]
+    data.append(np.zeros_like(data[0]))
+    data.append(np.concatenate([data[1][:2], data[0][2:]]))
+    if name == "MXFP4":
+        data[0][0, :, ::17] = 255  # 2^127: the exponent of r is clamped
+        data[2][1] = 255
+    for blocks in data:
+        weights = _ffi.native().dequantize(format.ggml_type, blocks.reshape(-1, blocks.shape[-1]))
+        weights = weights.reshape(*blocks.shape[:2], -1)
+        expected = tiled_oracle.aux(name, blocks, format.block_bytes, weights)
+        aux = np.asarray(PackedExperts(jnp.asarray(blocks), name).prepack().aux)
+        assert_same(aux[..., 0], expected[..., 0])
+        usable = np.isfinite(expected[..., 1])
+        np.testing.assert_allclose(aux[..., 1][usable], expected[..., 1][usable], rtol=1e-5)
+        assert np.isfinite(aux[..., 1]).all()
+
+
+def test_aux_of_ordinary_weights_normalises_them():
+    tiled = oracle.packed("Q4_K", 2, 16, 512)[0].prepack()
+    r, bound = np.asarray(tiled.aux)[..., 0], np.asarray(tiled.aux)[..., 1]
+    assert (np.log2(r) % 1 == 0).all()
+    norms = np.linalg.norm(np.asarray(tiled.dequantize(), np.float64), axis=-1)
+    assert (norms <= bound).all() and (bound <= 1.01 * norms.max(axis=1, keepdims=True)).all()
+
+
+@by_format
+def test_dequantize(name):
+    packed, exact = oracle.packed(name, 2, 32, widths(name)[-1])
+    assert_same(packed.prepack().dequantize(), exact.astype(np.float32))
+    assert_same(jax.jit(lambda w: w.prepack().dequantize())(packed), exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - TILED_FORMATS))
+def test_formats_without_a_tiled_layout_stay_as_they_are(name):
+    packed = PackedExperts(jnp.asarray(random_bytes(name, 1, 16, 256)), name)
+    assert packed.prepack(donate=True) is packed and not packed.data.is_deleted()
+
+
+def test_what_stays_as_it_is():
+    packed = PackedExperts(jnp.asarray(random_bytes("Q4_0", 1, 24, 64)), "Q4_0")
+    assert packed.prepack() is packed and packed.unpack() is packed
+    tiled = oracle.packed("Q4_0", 1, 16, 64)[0].prepack()
+    assert tiled.prepack() is tiled
+
+
+def test_no_experts():
+    packed = PackedExperts(jnp.zeros((0, 16, 18), jnp.uint8), "Q4_0")
+    assert packed.prepack().unpack().data.shape == (0, 16, 18)
+
+
+# --- Donation, devices, transforms of prepack ---
+
+
+def test_donation():
+    data = random_bytes("Q4_K", 2, 16, 256)
+    packed = PackedExperts(jnp.asarray(data), "Q4_K")
+    tiled = packed.prepack(donate=True)
+    assert packed.data.is_deleted() and not tiled.data.is_deleted()
+    back = tiled.unpack(donate=True)
+    assert tiled.data.is_deleted()
+    assert_same(back.data, data)
+    with pytest.raises(ValueError, match="donate"):
+        jax.jit(lambda w: w.prepack(donate=True))(back)
+
+
+def test_experts():
+    w = jax.tree.map(jnp.copy, experts())
+    shared = dataclasses.replace(w, gate=w.up, down=w.down.dequantize(), up_bias=jnp.ones((E, F)))
+    kept = np.asarray(w.up.data)
+    tiled = shared.prepack(donate=True)
+    assert tiled.gate.layout == tiled.up.layout == "tiled" and w.up.data.is_deleted()
+    assert tiled.down is shared.down and tiled.up_bias is shared.up_bias
+    assert_same(tiled.unpack().up.data, kept)
+
+
+def test_prepack_under_vmap_and_jit():
+    layers = [oracle.packed("Q5_K", 2, 32, 256, seed)[0] for seed in range(3)]
+    stacked = stack(*layers)
+    expected = stacked.prepack()
+    for got in (jax.vmap(lambda w: w.prepack())(stacked), jax.jit(lambda w: w.prepack())(stacked)):
+        jax.tree.map(assert_same, got, expected)
+        assert jax.tree.structure(got) == jax.tree.structure(expected)
+    jax.tree.map(lambda a, b: assert_same(a[1], b), expected, layers[1].prepack())
+    assert_same(jax.vmap(lambda w: w.unpack())(expected).data, stacked.data)
+    shapes = jax.eval_shape(lambda w: w.prepack(), stacked)
+    assert shapes.aux.shape == (3, 2, 32, 2) and shapes.layout == "tiled"
+
+
+@pytest.mark.parametrize("spec", [P("d"), P(None, "d"), P("d", None, None), P()])
+def test_prepack_of_a_sharded_array(spec):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    packed = oracle.packed("Q8_0", 4, 64, 96)[0]
+    expected = packed.prepack()
+    placed = jax.device_put(packed, NamedSharding(mesh, spec))
+    tiled = placed.prepack()
+    jax.tree.map(assert_same, tiled, expected)
+    shard = tiled.data.sharding.shard_shape(tiled.data.shape)
+    assert shard == placed.data.sharding.shard_shape(placed.data.shape)
+    assert_same(tiled.unpack().data, packed.data)
+
+
+@pytest.mark.parametrize("spec, n", [(P(None, None, "d"), 64), (P(None, "d"), 32)])
+def test_prepack_of_shards_without_whole_bands(spec, n):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    packed = oracle.packed("Q8_0", 2, n, 256)[0]
+    placed = jax.device_put(packed, NamedSharding(mesh, spec))
+    with pytest.raises(ValueError, match="whole rows"):
+        placed.prepack()
+
+
+# --- The ops ---
+
+
+@by_format
+@pytest.mark.parametrize(
+    "dtype, variant",
+    [
+        ("float32", None),
+        ("bfloat16", None),
+        ("float32", MoEVariant.SCALAR_GGUF),
+        ("float16", MoEVariant.WMMA_GGUF),
+    ],
+)
+def test_gemm(name, dtype, variant):
+    packed, _ = oracle.packed(name, 3, 32, widths(name)[-1])
+    rng = np.random.default_rng(0)
+    routing = oracle.random_routing(rng, T, 3, K)
+    x = oracle.normal(rng, (T, packed.shape[2]), dtype)
+    for options in ({"variant": variant}, {"variant": variant, "implementation": "reference"}):
+        tiled = gemm(x, packed.prepack(), routing, **options)
+        assert_same(tiled, gemm(x, packed, routing, **options))
+
+
+@pytest.mark.parametrize("tiled", [("gate",), ("up", "down"), ("gate", "up", "down")])
+@pytest.mark.parametrize("variant", [None, MoEVariant.SCALAR_GGUF])
+def test_ffn_of_any_mixture(tiled, variant):
+    w, (x, routing) = experts(), inputs()
+    mixed = dataclasses.replace(w, **{name: getattr(w, name).prepack() for name in tiled})
+    for implementation in (None, "reference"):
+        options = {"variant": variant, "implementation": implementation}
+        expected = jax_moe.moe_ffn(x, routing, w, **options)
+        assert_same(jax_moe.moe_ffn(x, routing, mixed, **options), expected)
+
+
+def test_ffn_with_a_dense_weight_and_merged():
+    x, routing = inputs()
+    both = oracle.packed("Q4_0", E, 2 * F, H)[0]
+    w = Experts(gate_up=both, down=oracle.packed("Q8_0", E, H, F)[0].dequantize())
+    assert_same(jax_moe.moe_ffn(x, routing, w.prepack()), jax_moe.moe_ffn(x, routing, w))
+
+
+def test_block():
+    rng = np.random.default_rng(1)
+    params = MoEParams(
+        experts=experts(),
+        router=oracle.normal(rng, (E, H)),
+        shared=jax.tree.map(lambda leaf: leaf[:1], experts(3)),
+    )
+    tiled = dataclasses.replace(
+        params, experts=params.experts.prepack(), shared=params.shared.prepack()
+    )
+    x = oracle.normal(rng, (2, T, H))
+    block = jax.jit(lambda p, x: jax_moe.moe_block(p, x, MoEConfig(top_k=K)))
+    assert_same(block(tiled, x), block(params, x))
+
+
+@pytest.mark.parametrize("axes", [(0, None, None), (None, None, 0), (0, 0, 0)])
+def test_vmap(op, axes):
+    values = [[inputs(s)[0] for s in range(3)], [inputs(s)[1] for s in range(3)]]
+    values.append([experts(s) for s in range(3)])
+    batched = [stack(*v) if a == 0 else v[0] for v, a in zip(values, axes, strict=True)]
+    batched[2] = batched[2].prepack()
+    y = jax.jit(jax.vmap(op, in_axes=axes))(*batched)
+    for b in range(3):
+        close(y[b], op(*(v[b] if a == 0 else v[0] for v, a in zip(values, axes, strict=True))))
+
+
+def test_vmap_where_aux_alone_has_no_batch_axis():
+    x, routing = inputs()
+    w = [oracle.packed("Q4_0", E, F, H, seed)[0].prepack() for seed in range(2)]
+    data, aux = jnp.stack([w[0].data, w[1].data]), w[0].aux
+
+    def f(data):
+        return gemm(x, PackedExperts(data, "Q4_0", "tiled", aux), routing)
+
+    y = jax.vmap(f)(data)
+    for b in range(2):
+        close(y[b], gemm(x, w[b], routing))
+
+
+def test_scan_over_stacked_layers():
+    layers = [experts(s) for s in range(3)]
+    x, routing = inputs()
+
+    def step(x, layer):
+        return x + jax_moe.moe_ffn(x, routing, layer), None
+
+    expected = x
+    for layer in layers:
+        expected = step(expected, layer)[0]
+    stacked = stack(*layers).prepack()
+    close(jax.jit(lambda x, w: jax.lax.scan(step, x, w)[0])(x, stacked), expected)
+
+
+def test_remat_and_eval_shape(op):
+    x, routing = inputs()
+    w = experts().prepack()
+    y = op(x, routing, experts())
+    close(jax.jit(jax.checkpoint(op))(x, routing, w), y)
+    shapes = jax.eval_shape(op, x, routing, w)
+    assert (shapes.shape, shapes.dtype) == (y.shape, y.dtype)
+
+
+def test_gradient_of_the_reference():
+    x, routing = inputs()
+
+    def loss(x, w):
+        return (jax_moe.moe_ffn(x, routing, w, implementation="reference") ** 2).sum()
+
+    expected = jax.grad(loss)(x, experts())
+    close(jax.grad(loss)(x, experts().prepack()), expected)
+    close(jax.jit(jax.grad(loss))(x, experts().prepack()), expected)
+
+
+def test_grad_names_the_reference(op):
+    x, routing = inputs()
+    with pytest.raises(NotImplementedError, match='implementation="reference"'):
+        jax.grad(lambda x: op(x, routing, experts().prepack()).sum())(x)
+
+
+@pytest.mark.parametrize("platforms", [("cpu",), ("cpu", "cuda")])
+def test_export(op, platforms):
+    pytest.importorskip("flatbuffers")
+    x, routing = inputs()
+    w = experts().prepack()
+    leaves, tree = jax.tree.flatten((x, routing, w))
+    function = jax.jit(lambda *leaves: op(*jax.tree.unflatten(tree, leaves)))
+    exported = export.export(
+        function, platforms=platforms, disabled_checks=jax_moe.DISABLED_EXPORT_CHECKS
+    )(*leaves)
+    again = export.deserialize(exported.serialize())
+    close(again.call(*leaves), op(x, routing, experts()))
+
+
+def test_what_is_lowered_for_a_platform(op):
+    """CUDA's kernels are given the tiled bytes; elsewhere they are unpacked."""
+    x, routing = inputs()
+    traced = jax.jit(op).trace(x, routing, experts().prepack())
+    cuda = traced.lower(lowering_platforms=("cuda",)).as_text()
+    up = 0x10000 | FORMATS["IQ4_NL"].ggml_type
+    assert f"format = {up} : i32" in cuda and "jax_moe_unpack" not in cuda
+    cpu = traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert f"format = {up} : i32" not in cpu and "jax_moe_unpack" in cpu
+
+
+def test_expert_parallelism(op):
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, routing = inputs()
+
+    def local(x, ids, weights, w):
+        here = ids - jax.lax.axis_index("expert") * w.down.shape[0]
+        return jax.lax.psum(op(x, Routing(here, weights), w), "expert")
+
+    specs = P(), P(), P(), P("expert")
+    split = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P()))
+    if op is OPS["gemm"]:  # a device's entries are those of its experts
+        assert split(x, *routing, experts().prepack()).shape == (T * K, F)
+    else:
+        close(split(x, *routing, experts().prepack()), op(x, routing, experts()))
+
+
+def test_prepack_inside_shard_map():
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+    w = oracle.packed("Q4_0", E, F, H)[0]
+    specs = {"in_specs": P("expert"), "out_specs": P("expert")}
+    tiled = jax.jit(jax.shard_map(lambda w: w.prepack(), mesh=mesh, **specs))(w)
+    jax.tree.map(assert_same, tiled, w.prepack())
+
+
+def test_select_kernel():
+    x, routing = inputs()
+    w = experts()
+    for platform in ("cpu", "cuda"):
+        plain, tiled = (
+            jax_moe.select_kernel("moe_ffn", x, routing, e, platform=platform)
+            for e in (w, w.prepack())
+        )
+        assert plain.error_bound == tiled.error_bound
+        if platform == "cpu":
+            assert plain == tiled
+
+
+def test_tree_names_the_layout_and_trains_nothing_packed():
+    params = MoEParams(experts=experts().prepack(), router=jnp.ones((E, H)))
+    tree = to_tree(params)
+    assert set(tree["experts"]["up"]) == {"IQ4_NL_tiled", "aux"}
+    assert [leaf.dtype for leaf in jax.tree.leaves(tree) if is_trainable(leaf)] == [jnp.float32]
+    back = from_tree(tree)
+    assert jax.tree.structure(back) == jax.tree.structure(params)
+    jax.tree.map(assert_same, back, params)
+    shapes = jax.eval_shape(lambda: params)
+    assert from_tree(to_tree(shapes)).experts.up.aux.dtype == jnp.float32
+    del tree["experts"]["up"]["aux"]
+    with pytest.raises(ValueError, match=r"experts\.up has aux"):
+        from_tree(tree)
+
+
+# --- Bad input ---
+
+
+def test_errors():
+    x, routing = inputs()
+    w = oracle.packed("Q4_0", E, F, H)[0].prepack()
+    cases = [
+        ({"aux": None}, ValueError, "weight is tiled but has no aux"),
+        ({"aux": w.aux[:, :-1]}, ValueError, r"weight.aux has shape \[..., E, N, 2\]"),
+        ({"aux": w.aux.astype(jnp.bfloat16)}, TypeError, "weight.aux has dtype float32"),
+        ({"layout": None}, ValueError, "weight.aux is for the tiled layout"),
+        ({"data": w.data[:, :24], "aux": w.aux[:, :24]}, ValueError, "multiple of 16"),
+        ({"format": "Q1_0", "data": w.data}, ValueError, "Q1_0, which cannot be tiled"),
+    ]
+    for changes, error, message in cases:
+        bad = dataclasses.replace(w, **changes)
+        for implementation in (None, "reference"):
+            with pytest.raises(error, match=message):
+                gemm(x, bad, routing, implementation=implementation)
+        if changes != {"layout": None}:
+            with pytest.raises(error, match=message.replace("weight", "self")):
+                bad.dequantize()
+    with pytest.raises(ValueError, match="layout is None or 'tiled'"):
+        PackedExperts(w.data, "Q4_0", "wide")
+    with pytest.raises(ValueError, match="19 bytes"):
+        PackedExperts(jnp.zeros((1, 16, 19), jnp.uint8), "Q4_0").prepack()

@@ -1,0 +1,220 @@
+"""The tiled layout in numpy, written from its description and not from the library's code."""
+
+import numpy as np
+
+FORMATS = (
+    "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4".split()  # noqa: SIM905
+)
+NATURAL = ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4")
+
+
+def nibbles(b):
+    return np.concatenate([b & 15, b >> 4], axis=-1)
+
+
+def pairs_of_256(b):
+    """64 bytes, each half with four units of bit pairs."""
+    half = b.reshape(*b.shape[:-1], 2, 1, 32) >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3
+    return half.reshape(*b.shape[:-1], 256)
+
+
+def bits_of_256(b):
+    """32 bytes, bit u of which is unit u's."""
+    return (b[..., None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1).reshape(
+        *b.shape[:-1], 256
+    )
+
+
+def bits_in_order(b):
+    return np.unpackbits(b, axis=-1, bitorder="little")
+
+
+def nibbles_of_256(b):
+    return nibbles(b.reshape(*b.shape[:-1], 4, 32)).reshape(*b.shape[:-1], 256)
+
+
+def k_scales(b):
+    """Scales and minima [..., 8] of the 12 bytes of Q4_K and Q5_K."""
+    low, middle, high = b[..., :4], b[..., 4:8], b[..., 8:]
+    scale = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=-1)
+    minimum = np.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], axis=-1)
+    return scale, minimum
+
+
+def q3_scales(b):
+    low = nibbles(b[..., :8])
+    high = (b[..., None, 8:] >> np.arange(0, 8, 2, dtype=np.uint8)[:, None] & 3).reshape(
+        *b.shape[:-1], 16
+    )
+    return low | high << 4
+
+
+def iq4_xs_scales(b):
+    high = b[..., 2:4].copy().view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    low = np.stack([b[..., 4:8] & 15, b[..., 4:8] >> 4], axis=-1).reshape(*b.shape[:-1], 8)
+    return low | high.astype(np.uint8) << 4
+
+
+def six_bits(fields):
+    """Bytes [..., 6n / 8] of six-bit fields [..., n], the first in the lowest bits."""
+    bits = fields[..., None] >> np.arange(6, dtype=np.uint8) & 1
+    return np.packbits(bits.reshape(*fields.shape[:-1], -1), axis=-1, bitorder="little")
+
+
+def fields(name, b):
+    """Of blocks [..., block_bytes]: codes [..., block_size], and what goes with units and rows."""
+    match name:
+        case "Q4_0" | "IQ4_NL":
+            return nibbles(b[..., 2:]), b[..., None, :2], []
+        case "Q4_1":
+            return nibbles(b[..., 4:]), b[..., None, :4], []
+        case "Q5_0" | "Q5_1":
+            n = 2 if name == "Q5_0" else 4
+            q = nibbles(b[..., n + 4 :]) | bits_in_order(b[..., n : n + 4]) << 4
+            return q, b[..., None, :n], []
+        case "Q8_0":
+            return b[..., 2:], b[..., None, :2], []
+        case "MXFP4":
+            return nibbles(b[..., 1:]), b[..., None, :1], []
+        case "NVFP4":
+            groups = b[..., 4:].reshape(*b.shape[:-1], 4, 8)
+            scales = b[..., :4].reshape(*b.shape[:-1], 2, 2)
+            return nibbles(groups).reshape(*b.shape[:-1], 64), scales, []
+        case "Q2_K":
+            scales = b[..., :16].reshape(*b.shape[:-1], 8, 2)
+            return pairs_of_256(b[..., 16:80]), scales, [b[..., 80:]]
+        case "Q3_K":
+            q = pairs_of_256(b[..., 32:96]) | bits_of_256(b[..., :32]) << 2
+            s = q3_scales(b[..., 96:108])
+            t = [s[..., [2 * t, 2 * t + 1, 8 + 2 * t, 9 + 2 * t]] for t in range(4)]
+            return q, None, [six_bits(np.concatenate(t, axis=-1)), b[..., 108:]]
+        case "Q4_K" | "Q5_K":
+            s, m = k_scales(b[..., 4:16])
+            t = [x[..., [i]] for t in range(4) for i in (t, 4 + t) for x in (s, m)]
+            row = np.concatenate([b[..., :4], six_bits(np.concatenate(t, axis=-1))], axis=-1)
+            if name == "Q4_K":
+                return nibbles_of_256(b[..., 16:]), None, [row]
+            return nibbles_of_256(b[..., 48:]) | bits_of_256(b[..., 16:48]) << 4, None, [row]
+        case "Q6_K":
+            low = nibbles(b[..., :128].reshape(*b.shape[:-1], 2, 64)).reshape(*b.shape[:-1], 256)
+            scales = b[..., 192:208].reshape(*b.shape[:-1], 8, 2)
+            return low | pairs_of_256(b[..., 128:192]) << 4, scales, [b[..., 208:]]
+        case "IQ4_XS":
+            q = nibbles(b[..., 8:].reshape(*b.shape[:-1], 8, 16)).reshape(*b.shape[:-1], 256)
+            s = iq4_xs_scales(b)[..., [0, 4, 1, 5, 2, 6, 3, 7]]
+            return q, None, [np.concatenate([b[..., :2], six_bits(s)], axis=-1)]
+    raise AssertionError(name)
+
+
+def code_words(name, q):
+    """Words [..., n] of units' codes [..., 32]; word j bit 16 h + b is a bit of q[2i + h]."""
+    q = q.astype(np.uint32)
+    if name == "Q8_0":
+        return (q.reshape(*q.shape[:-1], 8, 4) << np.arange(0, 32, 8, dtype=np.uint32)).sum(-1)
+    if name in NATURAL:
+        return (q.reshape(*q.shape[:-1], 4, 8) << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1)
+    pair = q.reshape(*q.shape[:-1], 16, 2)  # [..., i, h]
+    halves = {
+        2: lambda j: [(8 * j + m, 2 * m, 0, 2) for m in range(8)],
+        3: lambda j: [(5 * j + m, 3 * m, 0, 3) for m in range(5)] + [(15, 15, j, 1)],
+        4: lambda j: [(4 * j + m, 4 * m, 0, 4) for m in range(4)],
+        5: lambda j: [(3 * j + m, 5 * m, 0, 5) for m in range(3)] + [(15, 15, j, 1)],
+        6: lambda j: [
+            (8 * (j // 3) + i, at, first, count)
+            for i, at, first, count in (
+                [(0, 0, 0, 6), (1, 6, 0, 6), (6, 12, 0, 4)],
+                [(2, 0, 0, 6), (3, 6, 0, 6), (6, 12, 4, 2), (7, 14, 4, 2)],
+                [(4, 0, 0, 6), (5, 6, 0, 6), (7, 12, 0, 4)],
+            )[j % 3]
+        ],
+    }
+    bits = {"Q2_K": 2, "Q3_K": 3, "Q6_K": 6}.get(name, 5 if name.startswith("Q5") else 4)
+    words = []
+    for j in range(bits):
+        half = 0
+        for i, at, first, count in halves[bits](j):
+            half = half | (pair[..., i, :] >> first & (1 << count) - 1) << at
+        words.append(half[..., 0] | half[..., 1] << 16)
+    return np.stack(words, axis=-1)
+
+
+UNIT_WIDTHS = {
+    "Q8_0": (16, 16),
+    "Q2_K": (8,),
+    "Q3_K": (8, 4),
+    "Q6_K": (16, 8),
+} | dict.fromkeys(("Q5_0", "Q5_1", "Q5_K"), (16, 4))
+
+
+def tile(name, data, block_bytes):
+    """Tiled bytes of GGUF rows [E, N, row_bytes]."""
+    row_bytes = data.shape[-1]
+    out = []
+    for band in data.reshape(-1, 16, row_bytes // block_bytes, block_bytes):
+        q, scales, rows = fields(name, band)
+        units = q.size // 16 // 32
+        words = code_words(name, q.reshape(16, units, 32)).astype("<u4")
+        code = np.ascontiguousarray(words).view(np.uint8)
+        widths = UNIT_WIDTHS.get(name, (16,))
+        planes = np.split(code, np.cumsum(widths)[:-1], axis=-1)
+        if scales is not None:
+            planes.append(scales.reshape(16, units, -1))
+        atom = 8 if q.shape[-1] == 256 else 4
+        for first in range(0, units, atom):
+            for plane in planes:
+                for chunk in range(first, min(first + atom, units), 4):
+                    out.append(plane[:, chunk : chunk + 4].tobytes())
+            out += [row[:, first // 8].tobytes() for row in rows]
+    return np.frombuffer(b"".join(out), np.uint8).reshape(data.shape)
+
+
+def half(b):
+    return np.ascontiguousarray(b).view(np.float16).astype(np.float32)
+
+
+def affine(name, b):
+    """Scales and offsets, float32, of blocks' groups."""
+    zero = np.zeros(1, np.float32)
+    match name:
+        case "Q4_0" | "IQ4_NL" | "Q5_0" | "Q8_0":
+            return half(b[..., :2]), zero
+        case "Q4_1" | "Q5_1":
+            return half(b[..., :2]), half(b[..., 2:4])
+        case "MXFP4":
+            return np.ldexp(np.float32(1), b[..., :1].astype(int) - 128), zero
+        case "NVFP4":
+            code = b[..., :4]
+            e, m = (code >> 3 & 15).astype(int), (code & 7).astype(np.float32)
+            value = np.where(e > 0, np.ldexp(1 + m / 8, e - 8), m * np.float32(2**-10))
+            return np.where(code == 0x7F, np.float32(0), value.astype(np.float32)), zero
+        case "Q2_K":
+            return half(b[..., 80:82]) * (b[..., :16] & 15), half(b[..., 82:]) * (b[..., :16] >> 4)
+        case "Q3_K":
+            return half(b[..., 108:]) * (q3_scales(b[..., 96:108]).astype(np.float32) - 32), zero
+        case "Q4_K" | "Q5_K":
+            s, m = k_scales(b[..., 4:16])
+            return half(b[..., :2]) * s, half(b[..., 2:4]) * m
+        case "Q6_K":
+            return half(b[..., 208:]) * b[..., 192:208].view(np.int8), zero
+        case "IQ4_XS":
+            return half(b[..., :2]) * (iq4_xs_scales(b).astype(np.float32) - 32), zero
+    raise AssertionError(name)
+
+
+def aux(name, data, block_bytes, weights):
+    """aux [E, N, 2] of GGUF rows [E, N, row_bytes] whose values are weights [E, N, K]."""
+    blocks = data.reshape(*data.shape[:2], -1, block_bytes)
+    with np.errstate(invalid="ignore", over="ignore"):
+        scale, offset = (np.abs(part) for part in affine(name, blocks))
+        finite = np.ones(data.shape[:2], bool)
+        for part in (scale, offset):
+            if part.ndim > 2:
+                finite &= np.isfinite(part).all(axis=(2, 3))
+        largest = np.maximum(scale, offset / 256).reshape(*data.shape[:2], -1).max(axis=-1)
+    usable = np.where(finite & (largest > 0), largest, 1).astype(np.float64)
+    exponent = np.clip(np.floor(np.log2(usable)) + 10, -100, 100)
+    r = np.where(largest > 0, 2.0**exponent, 1)
+    norms = np.linalg.norm(np.where(finite[..., None], weights, 0).astype(np.float64), axis=-1)
+    bound = np.minimum(1.001 * norms.max(axis=1, keepdims=True), 3.4e38)
+    bound = np.broadcast_to(bound, r.shape)
+    return np.stack([np.where(finite, r, np.nan), bound], axis=-1).astype(np.float32)
