@@ -456,3 +456,49 @@ def test_errors():
         PackedExperts(w.data, "Q4_0", "wide")
     with pytest.raises(ValueError, match="19 bytes"):
         PackedExperts(jnp.zeros((1, 16, 19), jnp.uint8), "Q4_0").prepack()
+
+
+# --- Flax ---
+
+
+def block():
+    rng = np.random.default_rng(2)
+    return MoEParams(experts=experts(), router=oracle.normal(rng, (E, H))), MoEConfig(top_k=K)
+
+
+def tiled_block():
+    params, config = block()
+    return dataclasses.replace(params, experts=params.experts.prepack()), config
+
+
+def test_nnx():
+    nnx = pytest.importorskip("flax.nnx")
+    from jax_moe.nnx import MoE, PackedParam
+
+    x = inputs()[0]
+    moe = MoE(*tiled_block(), expert_axis="expert")
+    assert_same(moe(x), MoE(*block())(x))
+    assert set(nnx.state(moe, nnx.Param)) == {"router"}
+    assert isinstance(moe.experts["up"]["aux"], PackedParam)
+    restored = MoE.from_state(nnx.state(moe), moe.config)
+    jax.tree.map(assert_same, restored.params, moe.params)
+
+    def loss(moe):
+        return (moe(x, implementation="reference") ** 2).sum()
+
+    gradient = nnx.grad(loss)(moe)
+    close(gradient["router"].get_value(), nnx.grad(loss)(MoE(*block()))["router"].get_value())
+
+
+def test_linen():
+    pytest.importorskip("flax.linen")
+    from jax_moe.linen import MoE
+
+    x = inputs()[0]
+    moe = MoE(*tiled_block(), expert_axis="expert")
+    variables = moe.init(jax.random.key(0), x)
+    assert set(variables["params"]) == {"router"}
+    expected = MoE(*block()).apply(MoE(*block()).init(jax.random.key(0), x), x)
+    assert_same(moe.apply(variables, x), expected)
+    again = MoE.from_variables(variables, moe.config)
+    assert_same(again.apply(variables, x), expected)
