@@ -1,240 +1,176 @@
-"""Time of moe_ffn on one GPU against what its memory and tensor cores allow.
+"""Time of moe_ffn on one GPU against what its memory and tensor cores allow, and against peers.
 
     python benchmarks/moe_ffn.py --models qwen3-30b-a3b --formats Q4_K,Q6_K --tokens 1,16,256
 
 A measured program is one jitted chain of layers with different weights, so that the L2 cache does
 not serve them. A row's bound is the larger of the bytes of the experts that its routing really uses
-over the read bandwidth, and the operations over the rate of a large bf16 product, both measured in
-the same run. Rows that the JSON file already holds are skipped.
+over the read bandwidth, and the operations over the rate of large bf16 products, both measured in
+the same run. Rows that the JSON file already holds are not measured again, so that a table can be
+made in several commands.
 """
 
 import argparse
+import gc
 import json
-import time
-from dataclasses import asdict, dataclass
+import os
 from pathlib import Path
 
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.93")
+
+import chain
+import clock
 import jax
-import jax.numpy as jnp
-import numpy as np
-import random_weights
+import peers
+import report
+from random_weights import DENSE
+from shapes import MODELS, model_of
 
 import jax_moe
 
-
-@dataclass(frozen=True)
-class Model:
-    experts: int
-    top_k: int
-    d_model: int
-    d_expert: int
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
 
 
-MODELS = {
-    "qwen3-30b-a3b": Model(128, 8, 2048, 768),
-    "mixtral-8x7b": Model(8, 2, 4096, 14336),
-    "deepseek-v3": Model(256, 8, 7168, 2048),
-    "gpt-oss-120b": Model(128, 4, 2880, 2880),
-}
-WEIGHT_BYTES = 12e9  # of a chain's layers together, at most
+class Table:
+    """The rows of a run, and of the JSON file that they are added to."""
 
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: list[dict] = json.loads(path.read_text()) if path and path.exists() else []
+        self.limits = {"device": jax.devices()[0].device_kind} | clock.ceilings()
 
-def median_time(call, repeats: int = 5, seconds: float = 0.15) -> float:
-    """Seconds of one call(), the median of `repeats` batches of back-to-back calls."""
-    jax.block_until_ready(call())
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    batch = max(1, int(seconds / repeats / max(time.perf_counter() - start, 1e-6)))
-    for _ in range(2):  # a command buffer is recorded on the second execution
-        jax.block_until_ready(call())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(batch):
-            result = call()
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / batch)
-    return float(np.median(times))
-
-
-def ceilings() -> dict[str, float]:
-    """Read bandwidth in bytes a second, and the rate of a bf16 product in operations a second."""
-    words = jnp.ones((1 << 30,), jnp.float32)
-    total = jax.jit(jnp.sum)
-    read = words.nbytes / median_time(lambda: total(words))
-    n = 8192
-    a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
-    product = jax.jit(jnp.matmul)
-    rate = 2 * n**3 / median_time(lambda: product(a, b))
-    return {"read_bytes_per_s": read, "bf16_flop_per_s": rate}
-
-
-def draw_ids(rng: np.random.Generator, model: Model, tokens: int, routing: str) -> np.ndarray:
-    """int32 [tokens, top_k], distinct in a row; "zipf" makes expert e likely as 1 / (e + 1)."""
-    scores = rng.gumbel(size=(tokens, model.experts))
-    if routing == "zipf":
-        scores -= np.log1p(rng.permutation(model.experts))
-    return np.argsort(-scores, axis=1)[:, : model.top_k].astype(np.int32)
-
-
-def make_layers(model: Model, formats: tuple[str, str], chain: int) -> list[jax_moe.Experts]:
-    """Layers of gate and up in formats[0] and down in formats[1]."""
-    hidden = (model.experts, model.d_expert, model.d_model)
-    out = (model.experts, model.d_model, model.d_expert)
-    layers = []
-    for layer in range(chain):
-        keys = jax.random.split(jax.random.key(layer), 3)
-        layers.append(
-            jax_moe.Experts(
-                gate=random_weights.packed(keys[0], formats[0], *hidden),
-                up=random_weights.packed(keys[1], formats[0], *hidden),
-                down=random_weights.packed(keys[2], formats[1], *out),
-            )
+    def missing(self, key: dict, peer_names: list[str]) -> bool:
+        """Whether a row has yet to be measured, or measured with these peers in one process."""
+        return not any(
+            row["key"] == key and all(f"{name}_seconds" in row for name in peer_names)
+            for row in self.rows
         )
-    return layers
+
+    def add(self, key: dict, row: dict) -> None:
+        row = key | self.limits | row | {"key": key}
+        self.rows = [other for other in self.rows if other["key"] != key] + [row]
+        print(report.line(report.cells(row)), flush=True)
+        if self.path:
+            self.path.write_text(json.dumps(self.rows, indent=1))
 
 
-def layer_bytes(layer: jax_moe.Experts) -> int:
-    return sum(weight.data.nbytes for weight in (layer.gate, layer.up, layer.down))
+def measure_model(name: str, args: argparse.Namespace, table: Table) -> None:
+    """Every missing row of a model: first the peers, whose weights need the memory, then ours."""
 
+    def key(format_name: str, layout: str, tokens: int, routing: str) -> dict:
+        return {
+            "model": name,
+            "format": format_name,
+            "layout": layout,
+            "variant": args.variant or "default",
+            "dtype": args.dtype,
+            "routing": routing,
+            "tokens": tokens,
+            "device": table.limits["device"],
+        }
 
-def measure(model: Model, layers, tokens: int, routing: str, dtype, variant) -> dict[str, float]:
-    rng = np.random.default_rng(tokens)
-    ids = [draw_ids(rng, model, tokens, routing) for _ in layers]
-    x = jnp.asarray(rng.standard_normal((tokens, model.d_model)), dtype)
-    step = jax.jit(lambda x, r, e: jax_moe.moe_ffn(x, r, e, variant=variant))
-    # Routing weights that keep the activations of the chain near one.
-    routings, value = [], x
-    for layer, layer_ids in zip(layers, ids, strict=True):
-        plain = jnp.full((tokens, model.top_k), 1 / model.top_k, jnp.float32)
-        rms = jnp.sqrt(jnp.mean(step(value, jax_moe.Routing(layer_ids, plain), layer) ** 2.0))
-        routings.append(jax_moe.Routing(jnp.asarray(layer_ids), plain / rms))
-        value = step(value, routings[-1], layer)
-    rounds = max(1, 32 // len(layers)) if tokens <= 64 else 1
-
-    @jax.jit
-    def chain(x, routings, layers):
-        for _ in range(rounds):
-            for r, e in zip(routings, layers, strict=True):
-                x = jax_moe.moe_ffn(x, r, e, variant=variant)
-        return x
-
-    seconds = median_time(lambda: chain(x, routings, layers)) / (rounds * len(layers))
-    active = np.mean([len(np.unique(layer_ids)) for layer_ids in ids])
-    flop = 6 * tokens * model.top_k * model.d_model * model.d_expert
-    return {
-        "seconds": seconds,
-        "bytes": layer_bytes(layers[0]) * active / model.experts,
-        "flop": flop,
+    cells = [(tokens, routing) for tokens in args.tokens for routing in args.routing]
+    wanted = {
+        (format_name, layout): todo
+        for format_name in args.formats
+        for layout in (["dense"] if format_name in DENSE else args.layouts)
+        if (todo := [c for c in cells if table.missing(key(format_name, layout, *c), args.peers)])
     }
+    them = peers.Peers(model_of(name), args.peers)
+    peer_times = {
+        cell: them.seconds(*cell)
+        for cell in cells
+        if args.peers and any(cell in todo for todo in wanted.values())
+    }
+    del them
+    for format_name in args.formats:
+        layers = None
+        for layout in ("gguf", "dense", "tiled"):
+            todo = wanted.get((format_name, layout), [])
+            if not todo:
+                continue
+            try:
+                layers = layers or new_layers(name, format_name, args)
+                if layout == "tiled":
+                    layers = chain.prepack(layers)
+                    if not layers:
+                        print(f"{name} {format_name}: no tiled layout")
+                        break
+            except (jax.errors.JaxRuntimeError, ValueError, TypeError) as error:
+                print(f"{name} {format_name} {layout}: n/a ({peers.one_line(error)})", flush=True)
+                break
+            for cell in todo:
+                try:
+                    row = chain.measure(model_of(name), layers, *cell, args.dtype, variant(args))
+                    table.add(key(format_name, layout, *cell), row | peer_times.get(cell, {}))
+                except (jax.errors.JaxRuntimeError, ValueError, TypeError) as error:
+                    text = f"{name} {format_name} {layout} {cell}: n/a ({peers.one_line(error)})"
+                    print(text, flush=True)
+        del layers
+        gc.collect()
 
 
-def ragged_dot_seconds(model: Model, tokens: int) -> float:
-    """A layer through jax.lax.ragged_dot on bf16 weights, rows already sorted, uniform groups."""
-    pairs = tokens * model.top_k
-    rng = np.random.default_rng(0)
-    counts = np.bincount(draw_ids(rng, model, tokens, "uniform").ravel(), minlength=model.experts)
-    sizes = jnp.asarray(counts, jnp.int32)
-    key = jax.random.key(0)
-    shape = (model.experts, model.d_model, model.d_expert)
-    gate, up = (jax.random.normal(k, shape, jnp.bfloat16) for k in jax.random.split(key))
-    down = jax.random.normal(key, (model.experts, model.d_expert, model.d_model), jnp.bfloat16)
-    x = jax.random.normal(key, (pairs, model.d_model), jnp.bfloat16)
-
-    @jax.jit
-    def layer(x, gate, up, down):
-        h = jax.nn.silu(jax.lax.ragged_dot(x, gate, sizes)) * jax.lax.ragged_dot(x, up, sizes)
-        return jax.lax.ragged_dot(h, down, sizes)
-
-    return median_time(lambda: layer(x, gate, up, down))
+def new_layers(name: str, format_name: str, args: argparse.Namespace) -> list[jax_moe.Experts]:
+    formats = tuple((format_name.split("/") * 2)[:2])
+    return chain.make_layers(model_of(name), formats, max(args.tokens), args.dtype, variant(args))
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots()
-    for name in sorted({(row["model"], row["format"]) for row in rows}):
-        line = sorted(
-            (r["tokens"], r["fraction"]) for r in rows if (r["model"], r["format"]) == name
-        )
-        axes.plot(*zip(*line, strict=True), marker="o", label=" ".join(name))
-    axes.set(xscale="log", xlabel="tokens", ylabel="fraction of the bound", ylim=(0, 1))
-    axes.legend()
-    figure.savefig(path, dpi=150)
+def variant(args: argparse.Namespace) -> jax_moe.MoEVariant | None:
+    return jax_moe.MoEVariant[args.variant] if args.variant else None
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--models", default="qwen3-30b-a3b", help="comma-separated, or all: " + ", ".join(MODELS))
-    add("--formats", default="Q4_K", help="comma-separated; A/B is gate and up in A, down in B")
-    add("--tokens", default="1,4,16,64,256,1024,4096")
-    add("--routing", choices=("uniform", "zipf"), default="uniform")
+
+    def names(text: str) -> list[str]:
+        return [name for name in text.split(",") if name]
+
+    add("--models", type=names, default="qwen3-30b-a3b", help="all, tiny, " + ", ".join(MODELS))
+    add("--formats", type=names, default="Q4_K", help="all; A/B is gate and up in A, down in B")
+    add("--layouts", type=names, default="gguf,tiled")
+    tokens = ",".join(map(str, TOKENS))
+    add("--tokens", type=lambda text: [int(t) for t in text.split(",")], default=tokens)
+    add("--routing", type=names, default="uniform", help="uniform, zipf")
     add("--dtype", choices=("float32", "float16", "bfloat16"), default="bfloat16")
     add("--variant", choices=[variant.name for variant in jax_moe.MoEVariant])
-    add("--ragged-dot", action="store_true", help="also time jax.lax.ragged_dot on bf16 weights")
+    add("--peers", type=names, default="", help="all, " + ", ".join(peers.NAMES))
     add("--json", type=Path, help="file that rows are added to and taken from")
-    add("--plot", type=Path, help="image of the fractions")
-    return parser.parse_args()
+    add("--markdown", action="store_true", help="also print all rows as a table for the docs")
+    add("--plot", type=Path, help="image of the shares of the bound; needs matplotlib")
+    args = parser.parse_args(argv)
+    block_formats = list(jax_moe._formats.FORMATS)
+    everything = {"models": list(MODELS), "formats": [*block_formats, "BF16"], "peers": peers.NAMES}
+    allowed = {
+        "models": [*MODELS, "tiny"],
+        "formats": [*block_formats, *DENSE],
+        "layouts": ["gguf", "tiled"],
+        "routing": ["uniform", "zipf"],
+        "peers": peers.NAMES,
+    }
+    for option, choices in allowed.items():
+        values = getattr(args, option)
+        if values == ["all"] and option in everything:
+            setattr(args, option, everything[option])
+        elif unknown := {part for value in values for part in value.split("/")} - set(choices):
+            parser.error(
+                f"--{option}: {', '.join(sorted(unknown))} is none of {', '.join(choices)}"
+            )
+    return args
 
 
-def main() -> None:
-    args = parse_arguments()
-    rows = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
-    limits = ceilings()
-    device = jax.devices()[0].device_kind
-    print(
-        f"{device}: read {limits['read_bytes_per_s'] / 1e12:.2f} TB/s, "
-        f"bf16 product {limits['bf16_flop_per_s'] / 1e12:.0f} TFLOP/s"
-    )
-    print(
-        f"{'model':14} {'format':11} {'tokens':>6} {'us/layer':>9} {'bound us':>9} {'fraction':>8}"
-    )
-    names = list(MODELS) if args.models == "all" else args.models.split(",")
-    for name in names:
-        model = MODELS[name]
-        for format_name in args.formats.split(","):
-            formats = tuple((format_name.split("/") * 2)[:2])
-            layers = None
-            for tokens in map(int, args.tokens.split(",")):
-                key = {
-                    "model": name,
-                    "format": format_name,
-                    "routing": args.routing,
-                    "dtype": args.dtype,
-                    "variant": args.variant or "default",
-                    "tokens": tokens,
-                }
-                if any(key.items() <= row.items() for row in rows):
-                    continue
-                if layers is None:
-                    one = make_layers(model, formats, 1)
-                    count = int(np.clip(WEIGHT_BYTES // layer_bytes(one[0]), 3, 8))
-                    layers = one + make_layers(model, formats, count)[1:]
-                variant = args.variant and jax_moe.MoEVariant[args.variant]
-                row = key | measure(model, layers, tokens, args.routing, args.dtype, variant)
-                memory = row["bytes"] / limits["read_bytes_per_s"]
-                bound = max(memory, row["flop"] / limits["bf16_flop_per_s"])
-                row |= (
-                    limits | asdict(model) | {"device": device, "fraction": bound / row["seconds"]}
-                )
-                if args.ragged_dot:
-                    row["ragged_dot_seconds"] = ragged_dot_seconds(model, tokens)
-                rows.append(row)
-                print(
-                    f"{name:14} {format_name:11} {tokens:6} {row['seconds'] * 1e6:9.1f} "
-                    f"{bound * 1e6:9.1f} {row['fraction']:8.2f}"
-                    + (
-                        f"  ragged_dot {row['ragged_dot_seconds'] / row['seconds']:.1f} x"
-                        if args.ragged_dot
-                        else ""
-                    ),
-                    flush=True,
-                )
-                if args.json:
-                    args.json.write_text(json.dumps(rows, indent=1))
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
+    table = Table(args.json)
+    print(report.ceilings_text(table.limits))
+    print(report.line(report.HEADER), flush=True)
+    for name in args.models:
+        measure_model(name, args, table)
+    print(report.NOTE)
+    print("\n".join(report.summary(table.rows)))
+    if args.markdown:
+        print(report.markdown(table.rows))
     if args.plot:
-        plot(rows, args.plot)
+        report.plot(table.rows, args.plot)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,64 @@
+"""Wall time of device work, and what the device allows at most."""
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+BATCH_SECONDS = 0.025  # of back-to-back calls between two readings of the clock
+REPEATS = 5
+SLOW_SECONDS = 0.25  # a call that takes longer is timed once
+
+
+def median_time(call, batch_seconds: float | None = None) -> float:
+    """Seconds of one call(), the median over batches of back-to-back calls."""
+    batch_seconds = BATCH_SECONDS if batch_seconds is None else batch_seconds
+    for _ in range(2):  # compiles; a command buffer is recorded on the second execution
+        jax.block_until_ready(call())
+    once = _seconds(call, 1)
+    if once > SLOW_SECONDS:
+        return once
+    batch = int(np.ceil(batch_seconds / max(_seconds(call, 3), 1e-6)))
+    return float(np.median([_seconds(call, batch) for _ in range(REPEATS)]))
+
+
+def _seconds(call, count: int) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+        result = call()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - start) / count
+
+
+def ceilings() -> dict:
+    """Read bandwidth, the mean rate of two bf16 products, and the times of small cold reads."""
+    small = jax.default_backend() == "cpu"
+    large_read = 1 << (24 if small else 32)
+    rates = []
+    for n in (128, 256) if small else (4096, 8192):
+        a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) for i in range(2))
+        product = jax.jit(jnp.matmul)
+        rates.append(2 * n**3 / median_time(lambda a=a, b=b, product=product: product(a, b)))
+    sizes = (1 << 20, 2 << 20) if small else (7 << 20, 21 << 20, 64 << 20)
+    return {
+        "read_bytes_per_s": large_read / _read_seconds(large_read, 1),
+        "bf16_flop_per_s": float(np.mean(rates)),
+        "bf16_flop_per_s_of_each": rates,
+        "cold_reads": [(size, _read_seconds(size, (256 << 20) // size + 4)) for size in sizes],
+    }
+
+
+def _read_seconds(size: int, count: int) -> float:
+    """Seconds of a kernel that reads `size` bytes, one of `count` in a row, each its own bytes."""
+    row = 4096
+    arrays = [jnp.full((size // row // 4, row), i, jnp.int32) for i in range(count)]
+
+    @jax.jit
+    def sums(arrays):
+        total = jnp.zeros(len(arrays[0]), jnp.int32)
+        for array in arrays:  # each waits for the one before
+            total = jnp.sum(array + total[:, None], axis=1)
+        return total
+
+    return median_time(lambda: sums(arrays)) / count
