@@ -22,7 +22,7 @@ import clock
 import jax
 import peers
 import report
-from random_weights import DENSE
+from random_weights import DENSE, fits
 from shapes import MODELS, model_of
 
 import jax_moe
@@ -36,7 +36,7 @@ class Table:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self.rows: list[dict] = json.loads(path.read_text()) if path and path.exists() else []
-        self.limits = {"device": jax.devices()[0].device_kind} | clock.ceilings()
+        self.limits: dict = {}  # of this run
 
     def missing(self, key: dict, peer_names: list[str]) -> bool:
         """Whether a row has yet to be measured, or measured with these peers in one process."""
@@ -72,6 +72,7 @@ def measure_model(name: str, args: argparse.Namespace, table: Table) -> None:
     wanted = {
         (format_name, layout): todo
         for format_name in args.formats
+        if fits(format_name, model_of(name))
         for layout in (["dense"] if format_name in DENSE else args.layouts)
         if (todo := [c for c in cells if table.missing(key(format_name, layout, *c), args.peers)])
     }
@@ -83,6 +84,8 @@ def measure_model(name: str, args: argparse.Namespace, table: Table) -> None:
     }
     del them
     for format_name in args.formats:
+        if not fits(format_name, model_of(name)):
+            print(f"{name} {format_name}: n/a, its rows are no whole blocks")
         layers = None
         for layout in ("gguf", "dense", "tiled"):
             todo = wanted.get((format_name, layout), [])
@@ -135,6 +138,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--variant", choices=[variant.name for variant in jax_moe.MoEVariant])
     add("--peers", type=names, default="", help="all, " + ", ".join(peers.NAMES))
     add("--json", type=Path, help="file that rows are added to and taken from")
+    add("--report", action="store_true", help="measure nothing, tell what the JSON file holds")
     add("--markdown", action="store_true", help="also print all rows as a table for the docs")
     add("--plot", type=Path, help="image of the shares of the bound; needs matplotlib")
     args = parser.parse_args(argv)
@@ -161,10 +165,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     table = Table(args.json)
-    print(report.ceilings_text(table.limits))
     print(report.line(report.HEADER), flush=True)
-    for name in args.models:
-        measure_model(name, args, table)
+    if args.report:
+        print("\n".join(report.line(report.cells(row)) for row in table.rows))
+    else:
+        table.limits = {"device": jax.devices()[0].device_kind} | clock.ceilings()
+        print(report.ceilings_text(table.limits), flush=True)
+        for name in args.models:
+            measure_model(name, args, table)
     print(report.NOTE)
     print("\n".join(report.summary(table.rows)))
     if args.markdown:

@@ -57,6 +57,15 @@ def experts(seed: int, formats: tuple[str, str], model: Model) -> jax_moe.Expert
     )
 
 
+def fits(format_name: str, model: Model) -> bool:
+    """Whether the model's rows are whole blocks."""
+    return all(
+        name in DENSE or k % jax_moe._formats.as_format(name).block_size == 0
+        for name in format_name.split("/")
+        for k in (model.d_model, model.d_expert)
+    )
+
+
 def weight(seed: int, name: str, num_experts: int, n: int, k: int):
     """[num_experts, n, k] in a block format, every scale near 2^-10, or in a type of DENSE."""
     key = np.uint32(seed * 0x9E3779B9 & 0xFFFFFFFF)

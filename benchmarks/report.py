@@ -147,7 +147,7 @@ def plot(rows: list[dict], path: Path) -> None:
 
     models = sorted({row["model"] for row in rows})
     figure, panels = plt.subplots(
-        1, len(models), figsize=(5 * len(models), 4), sharey=True, squeeze=False
+        1, len(models), figsize=(5 * len(models), 5), sharey=True, squeeze=False
     )
     for panel, model in zip(panels[0], models, strict=True):
         lines: dict[str, list] = {}
@@ -158,9 +158,11 @@ def plot(rows: list[dict], path: Path) -> None:
                 lines.setdefault(label, []).append(point)
         for label, points in sorted(lines.items()):
             panel.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
-        panel.set(xscale="log", xlabel="tokens", ylim=(0, 1), title=model)
+        panel.set_xscale("log", base=4)
+        panel.xaxis.set_major_formatter("{x:.0f}")
+        panel.set(xlabel="tokens", ylim=(0, 1), title=model)
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
+        panel.legend(fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     panels[0][0].set_ylabel("share of the bound")
     figure.tight_layout()
     figure.savefig(path, dpi=150)

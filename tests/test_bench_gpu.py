@@ -18,7 +18,7 @@ def benchmark(monkeypatch):
 
 def test_end_to_end_and_resumes(benchmark, tmp_path, capsys):
     path = tmp_path / "rows.json"
-    arguments = ["--models", "tiny", "--formats", "Q4_K,IQ2_XXS,BF16", "--tokens", "8"]
+    arguments = ["--models", "tiny", "--formats", "Q4_K,IQ2_XXS,BF16", "--tokens", "65"]
     arguments += ["--peers", "ragged_dot", "--json", str(path), "--markdown"]
     run = benchmark("moe_ffn").main
     run(arguments)
@@ -27,15 +27,34 @@ def test_end_to_end_and_resumes(benchmark, tmp_path, capsys):
     cells = [(row["format"], row["layout"]) for row in rows]
     assert cells == [("Q4_K", "gguf"), ("Q4_K", "tiled"), ("IQ2_XXS", "gguf"), ("BF16", "dense")]
     assert "tiny IQ2_XXS: no tiled layout" in out and "n/a (" not in out
-    assert "| tiny Q4_K tiled | 8 |" in out
+    assert "| tiny Q4_K tiled | 65 |" in out
     for row in rows:
         assert row["seconds"] > 0 and row["ragged_dot_seconds"] > 0
-        assert 0 < row["bytes"] <= 8 * 3 * 256 * 256 * 2 and row["calls"] == 32
+        assert 0 < row["bytes"] <= 8 * 3 * 256 * 256 * 2 and row["calls"] == 4
 
     run([*arguments, "--formats", "Q4_K", "--layouts", "gguf", "--routing", "uniform,zipf"])
     again = json.loads(path.read_text())
     assert again[: len(rows)] == rows and len(again) == len(rows) + 1
     assert "zipf against the bound's prediction" in capsys.readouterr().out
+
+    run(["--json", str(path), "--report"])
+    assert json.loads(path.read_text()) == again
+    assert "tiny Q4_K gguf zipf" in capsys.readouterr().out
+
+
+def test_rows_of_no_whole_blocks_are_left_out(benchmark):
+    fits, gpt_oss = benchmark("random_weights").fits, benchmark("shapes").MODELS["gpt-oss-120b"]
+    assert fits("MXFP4/Q8_0", gpt_oss) and fits("BF16", gpt_oss)
+    assert not fits("Q8_0/Q4_K", gpt_oss)
+
+
+@pytest.mark.parametrize("name", ["Q3_K", "IQ1_M", "TQ1_0", "MXFP4", "NVFP4"])
+def test_weights_are_sane(benchmark, name):
+    numpy = benchmark("numpy")
+    packed = benchmark("random_weights").weight(1, name, 2, 8, 512)
+    values = numpy.asarray(packed.dequantize())
+    assert numpy.isfinite(values).all() and 1e-5 < values.std() < 1e3
+    assert len(numpy.unique(numpy.asarray(packed.data))) > 200
 
 
 @pytest.mark.parametrize("argument", ["--models=none", "--formats=Q4_K/Q9", "--peers=torch"])
