@@ -89,13 +89,6 @@ ffi::ErrorOr<Weight> ReadWeight(const std::string& op, const char* name,
   return weight;
 }
 
-bool IsHopper() {
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major == 9;
-}
-
 const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile tile) {
   const TiledKernels& kernels = *FindTiledKernels(weight.format);
   if (tile == plan::CudaTiledTile::kNarrow) return kernels.narrow;

@@ -59,9 +59,6 @@ Layout TiledLayout(plan::CudaTiledTile tile);
 TiledArgs TiledProduct(const Weight& weight, const Activations& x, int32_t pairs_a_row,
                        const Lists& lists);
 
-// Whether the current device has what the kernels of sm_90a need.
-bool IsHopper();
-
 // The kernel for a product, given the device's shared memory.
 GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile);
 

@@ -23,6 +23,33 @@ PreparedRows PrepareFor(const Ffn& ffn, const Weight& weight, Element type, int6
           ffn.variant == Variant::kScalarGguf};
 }
 
+// Whether tiles are found from the ids in the kernels themselves, and down and the sum are one.
+bool FewPairs(const Ffn& ffn) {
+  return ffn.pairs <= 32 && ffn.TiledTile() == plan::CudaTiledTile::kNarrow;
+}
+
+cudaError_t RunDown(const Ffn& ffn, const PreparedRows& h, cudaStream_t stream) {
+  const Weight& down = ffn.down;
+  const Activations prepared = ViewPrepared(h);
+  TiledDownArgs args = {};
+  args.matrix = {down.data, down.aux, down.rows * down.row_bytes, down.rows};
+  args.row_bytes = down.row_bytes;
+  args.columns = static_cast<int32_t>(ffn.d_expert);
+  args.h = static_cast<const half*>(prepared.values);
+  args.h_scales = prepared.scales;
+  args.h_pitch = prepared.pitch;
+  args.expert_ids = ffn.expert_ids;
+  args.experts = ffn.experts;
+  args.tokens = static_cast<int32_t>(ffn.tokens);
+  args.top_k = ffn.top_k;
+  args.weights = ffn.weights_before ? nullptr : ffn.weights;
+  args.projection = ffn.down_projection;
+  args.y = ffn.y;
+  args.y_pitch = ffn.d_model;
+  args.y_type = ffn.type;
+  return LaunchTiledDown(FindTiledKernels(down.format)->down, args, stream);
+}
+
 // One product of the pairs with one or two weight matrices of one format; y is [pairs, y_pitch].
 class Products {
  public:
@@ -62,9 +89,17 @@ class Products {
   cudaError_t RunActivated(const Weight* gate, const Weight& up, const PreparedRows& x,
                            const PreparedRows& h) {
     const TiledKernel& kernel = ChooseTiledKernel(up, ffn_.TiledTile());
-    const cudaError_t status = UseTiles(kernel.tile_tokens);
-    if (status != cudaSuccess) return status;
-    TiledArgs args = TiledProduct(up, ViewPrepared(x), ffn_.top_k, CurrentLists());
+    Lists lists = {};
+    if (FewPairs(ffn_)) {
+      lists.expert_ids = ffn_.expert_ids;
+      lists.experts = ffn_.experts;
+      lists.max_tiles = ffn_.pairs;
+    } else {
+      const cudaError_t status = UseTiles(kernel.tile_tokens);
+      if (status != cudaSuccess) return status;
+      lists = CurrentLists();
+    }
+    TiledArgs args = TiledProduct(up, ViewPrepared(x), ffn_.top_k, lists);
     args.matrix[1] = args.matrix[0];
     if (gate != nullptr) args.matrix[0].data = gate->data, args.matrix[0].aux = gate->aux;
     if (ffn_.merged) {
@@ -166,6 +201,7 @@ cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream) {
     if (status == cudaSuccess) {
       status = products.RunActivated(gated && !ffn.merged ? &*ffn.gate : nullptr, up, x, h);
     }
+    if (status == cudaSuccess && FewPairs(ffn)) return RunDown(ffn, h, stream);
   } else {
     status = RunGateAndUp(ffn, columns, products, stream);
     if (status != cudaSuccess) return status;

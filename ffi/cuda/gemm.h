@@ -27,6 +27,9 @@ struct Lists {
   const TokenTile* tiles;
   const int32_t* num_tiles;
   int64_t max_tiles;
+  // Tiled narrow kernels, up to 32 pairs: the ids in place of the above, and max_tiles of them.
+  const int32_t* expert_ids = nullptr;
+  int32_t experts = 0;
 };
 
 // How activations are held for the tensor cores (prepare.cu). Rows are padded with zeros.

@@ -3,14 +3,24 @@
 
 #include <cstdint>
 
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define JAX_MOE_HOPPER 1
-#endif
-
 namespace jax_moe::cuda {
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Programmatic dependent launch: a kernel may start while the one before it in the stream runs. What
+// that one, or any before it, writes is there after WaitForEarlierKernels, which every block calls.
+__device__ __forceinline__ void WaitForEarlierKernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// From here on the next kernel's blocks may take the places that are free.
+__device__ __forceinline__ void LetNextKernelStart() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

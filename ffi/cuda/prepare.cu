@@ -1,5 +1,6 @@
 #include "ffi/cuda/prepare.h"
 
+#include "ffi/cuda/hopper.cuh"
 #include "ffi/cuda/row_layouts.cuh"
 #include "ffi/cuda/row_sources.cuh"
 
@@ -41,6 +42,7 @@ template <typename Rows>
 __global__ void __launch_bounds__(kThreads)
     Prepare(const __grid_constant__ Rows rows, Activations to, Layout layout, int64_t columns,
             bool rounds) {
+  LetNextKernelStart();
   const int64_t row = blockIdx.x;
   if (!rows.Has(row)) return;
   const bool scaled =

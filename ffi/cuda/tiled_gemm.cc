@@ -1,11 +1,37 @@
 #include "ffi/cuda/tiled_gemm.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "ffi/blocks/formats.h"
 #include "ffi/cuda/tiled_formats.h"
 
 namespace jax_moe::cuda {
+namespace {
+
+// On Hopper the kernel may start while the one before it ends (WaitForEarlierKernels).
+cudaError_t Launch(const TiledKernel& kernel, dim3 grid, void** parameters, cudaStream_t stream) {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(kernel.threads);
+  config.dynamicSmemBytes = kernel.shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = std::getenv("JAX_MOE_NO_PDL") == nullptr && IsHopper() ? 1 : 0;
+  return cudaLaunchKernelExC(&config, kernel.function, parameters);
+}
+
+}  // namespace
+
+bool IsHopper() {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major == 9;
+}
 
 const TiledKernels* FindTiledKernels(int format) {
   switch (format) {
@@ -30,8 +56,14 @@ cudaError_t LaunchTiled(const TiledKernel& kernel, const TiledArgs& args, cudaSt
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(tiles_y),
                   static_cast<unsigned>(tiles_z));
   void* parameters[] = {const_cast<TiledArgs*>(&args)};
-  return cudaLaunchKernel(kernel.function, grid, dim3(kernel.threads), parameters,
-                          kernel.shared_bytes, stream);
+  return Launch(kernel, grid, parameters, stream);
+}
+
+cudaError_t LaunchTiledDown(const TiledKernel& kernel, const TiledDownArgs& args,
+                            cudaStream_t stream) {
+  void* parameters[] = {const_cast<TiledDownArgs*>(&args)};
+  return Launch(kernel, dim3(static_cast<unsigned>(args.y_pitch / kernel.block_rows)), parameters,
+                stream);
 }
 
 cudaError_t ConfigureTiled(const TiledKernels& kernels, bool hopper) {
@@ -40,6 +72,7 @@ cudaError_t ConfigureTiled(const TiledKernels& kernels, bool hopper) {
                                 kernel.shared_bytes);
   };
   cudaError_t status = configure(kernels.narrow);
+  if (status == cudaSuccess) status = configure(kernels.down);
   for (const TiledKernel& kernel : kernels.wide) {
     if (status == cudaSuccess && hopper) status = configure(kernel);
   }

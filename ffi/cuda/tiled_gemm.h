@@ -1,6 +1,7 @@
 // Grouped products with tiled weights: arguments and kernels.
 #pragma once
 
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -49,15 +50,39 @@ struct TiledKernel {
   bool pads_rows;  // writes zeros of h up to its pitch
 };
 
+// y[t] = sum over slots s of weight[t, s] * down_e h, in slot order, for at most 32 pairs.
+struct TiledDownArgs {
+  TiledMatrix matrix;
+  int64_t row_bytes;
+  int32_t columns;  // of h
+  const half* h;    // kF16Narrow, [pairs, h_pitch]
+  const float* h_scales;
+  int64_t h_pitch;
+  const int32_t* expert_ids;
+  int32_t experts, tokens, top_k;
+  const float* weights;  // [tokens, top_k]; null: 1
+  Projection projection;
+  void* y;  // [tokens, y_pitch], y_pitch a multiple of 16: the matrix' rows
+  int64_t y_pitch;
+  Element y_type;
+};
+
 struct TiledKernels {
   TiledKernel narrow;   // 8 tokens, kF16Narrow
   TiledKernel wide[3];  // 32, 64 and 128 tokens, kF16Wide; Hopper only
+  TiledKernel down;     // takes TiledDownArgs
 };
+
+// Whether the current device has what the kernels of sm_90a need.
+bool IsHopper();
 
 // The kernels for weights of ggml_type `format`; null where the format has no tiled layout.
 const TiledKernels* FindTiledKernels(int format);
 
 cudaError_t LaunchTiled(const TiledKernel& kernel, const TiledArgs& args, cudaStream_t stream);
+
+cudaError_t LaunchTiledDown(const TiledKernel& kernel, const TiledDownArgs& args,
+                            cudaStream_t stream);
 
 // Lets the kernels use their shared memory on the current device. Before the first launch, outside of
 // capture.

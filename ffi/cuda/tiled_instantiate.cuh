@@ -1,6 +1,7 @@
 // The kernels of one tiled block format, for the files that instantiate them.
 #pragma once
 
+#include "ffi/cuda/tiled_down.cuh"
 #include "ffi/cuda/tiled_formats.h"
 #include "ffi/cuda/tiled_narrow.cuh"
 #include "ffi/cuda/tiled_wide.cuh"
@@ -25,7 +26,9 @@ const TiledKernels& Tiled() {
       {reinterpret_cast<const void*>(&TiledNarrow<Format>), 32 * Narrow::kWarps, Narrow::kTokens,
        2 * Narrow::kRows, sizeof(typename Narrow::Memory), /*pads_rows=*/false},
       {DescribeTiledWide<Format, 32>(), DescribeTiledWide<Format, 64>(),
-       DescribeTiledWide<Format, 128>()}};
+       DescribeTiledWide<Format, 128>()},
+      {reinterpret_cast<const void*>(&TiledDown<Format>), 32 * Narrow::kWarps, Narrow::kTokens,
+       Narrow::kRows, sizeof(typename TiledDownShape<Format>::Memory), /*pads_rows=*/false}};
   return kernels;
 }
 

@@ -29,19 +29,26 @@ struct TiledNarrowShape {
     uint64_t full[kWarps][kStages];
     float sums[kWarps][kTokens][kRows + 1];
     float reduced[kWarps];
-    float x_factor[kTokens], h_factor[kTokens];
+    float h_factor[kTokens];
+    int32_t pair[kWarps][kTokens];
   };
 };
 
-// A warp's way through its part of a band.
-template <typename Format>
+// One warp's stream of bands' bytes through its ring. Source(n) tells where step n's bytes begin and how
+// many there are, 0 past the last step.
+struct Span16 {
+  const uint8_t* from;
+  int bytes;  // a multiple of 16
+};
+
+template <typename Format, typename Source>
 class BandStream {
  public:
   using Shape = TiledNarrowShape<Format>;
 
   __device__ __forceinline__ BandStream(uint8_t (*ring)[Shape::kStageBytes], uint64_t* full,
-                                        const uint8_t* band, int columns, int split)
-      : ring_(ring), full_(full), band_(band), columns_(columns), split_(split) {}
+                                        const Source& source)
+      : ring_(ring), full_(full), source_(source) {}
 
   __device__ __forceinline__ void Start() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -54,11 +61,6 @@ class BandStream {
 #endif
 #pragma unroll
     for (int i = 0; i < Shape::kStages; ++i) Fetch(i);
-  }
-
-  // First column of this warp's step n.
-  __device__ __forceinline__ int Column(int n) const {
-    return (n * Shape::kSplits + split_) * Shape::kStep;
   }
 
   __device__ __forceinline__ const uint8_t* Wait(int n) {
@@ -79,26 +81,50 @@ class BandStream {
 
  private:
   __device__ __forceinline__ void Fetch(int n) {
-    const int column = Column(n), lane = threadIdx.x % 32;
-    const int bytes =
-        column < columns_ ? TiledRow<Format>::BandBytes(min(Shape::kStep, columns_ - column)) : 0;
-    const uint8_t* from = band_ + TiledRow<Format>::BandBytes(column);
     uint8_t* to = ring_[n % Shape::kStages];
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if (lane == 0 && bytes > 0) {
-      ArriveExpectBytes(full_ + n % Shape::kStages, bytes);
-      BulkCopy(to, from, bytes, full_ + n % Shape::kStages);
-    }
+    if (threadIdx.x % 32 != 0) return;
+    const Span16 span = source_(n);
+    if (span.bytes == 0) return;
+    ArriveExpectBytes(full_ + n % Shape::kStages, span.bytes);
+    BulkCopy(to, span.from, span.bytes, full_ + n % Shape::kStages);
 #else
-    for (int at = 16 * lane; at < bytes; at += 16 * 32) CopyAsync16(to + at, from + at);
+    const Span16 span = source_(n);
+    for (int at = 16 * (threadIdx.x % 32); at < span.bytes; at += 16 * 32) {
+      CopyAsync16(to + at, span.from + at);
+    }
     CommitCopies();
 #endif
   }
 
   uint8_t (*ring_)[Shape::kStageBytes];
   uint64_t* full_;
-  const uint8_t* band_;
-  const int columns_, split_;
+  const Source source_;
+};
+
+// First column of step n of the warps with this part of a band.
+template <typename Format>
+__device__ __forceinline__ int StepColumn(int n, int split) {
+  using Shape = TiledNarrowShape<Format>;
+  return (n * Shape::kSplits + split) * Shape::kStep;
+}
+
+template <typename Format>
+__device__ __forceinline__ Span16 StepSpan(const uint8_t* band, int column, int columns) {
+  using Row = TiledRow<Format>;
+  if (column >= columns) return {band, 0};
+  return {band + Row::BandBytes(column),
+          Row::BandBytes(min(TiledNarrowShape<Format>::kStep, columns - column))};
+}
+
+// The steps of one part of a band.
+template <typename Format>
+struct PartOfBand {
+  const uint8_t* band;
+  int columns, split;
+  __device__ __forceinline__ Span16 operator()(int n) const {
+    return StepSpan<Format>(band, StepColumn<Format>(n, split), columns);
+  }
 };
 
 // Adds the products of one chunk of 128 columns.
@@ -115,42 +141,61 @@ __device__ __forceinline__ void MultiplySteps(float (&sum)[4], const LaneUnit<Fo
   }
 }
 
-// This warp's part of a band times the tile's tokens. x_row: the activations of token lane / 4, null
-// where there is none.
-template <typename Format>
-__device__ __forceinline__ void MultiplyBand(BandStream<Format>& stream, const half* x_row,
+// Adds the products of one step: 256 columns from `column` on. x_row: the activations of token
+// lane / 4, null where there is none.
+template <typename Format, typename Stream>
+__device__ __forceinline__ void MultiplyStep(Stream& stream, int n, const half* x_row, int column,
                                              int columns, const float (&normaliser)[2],
                                              float (&sum)[4]) {
   using Tiled = TiledUnit<Format>;
   constexpr int kChunks = 2;  // of a step
   const int lane = threadIdx.x % 32, t = lane % 4;
-  for (int n = 0; stream.Column(n) < columns; ++n) {
-    const int column = stream.Column(n);
-    uint4 x[kChunks][4] = {};
+  uint4 x[kChunks][4] = {};
 #pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      if (x_row == nullptr || column + 128 * c + 32 * t >= columns) continue;
+  for (int c = 0; c < kChunks; ++c) {
+    if (x_row == nullptr || column + 128 * c + 32 * t >= columns) continue;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        x[c][i] = *reinterpret_cast<const uint4*>(x_row + column + 128 * c + 32 * i + 8 * t);
-      }
+    for (int i = 0; i < 4; ++i) {
+      x[c][i] = *reinterpret_cast<const uint4*>(x_row + column + 128 * c + 32 * i + 8 * t);
     }
-    const uint8_t* stage = stream.Wait(n);
-#pragma unroll
-    for (int c = 0; c < kChunks; ++c) {
-      const int units = min(4, (columns - column) / 32 - 4 * c);
-      if (c > 0 && units <= 0) break;
-      const uint8_t* atom =
-          Tiled::kChunks == 2 ? stage : stage + TiledRow<Format>::BandBytes(128 * c);
-      typename Tiled::Place place = {units, Tiled::kChunks == 2 ? c : 0, lane / 4, t};
-      LaneUnit<Format> low, high;
-      low.Load(atom, place, normaliser[0]);
-      place.row += 8;
-      high.Load(atom, place, normaliser[1]);
-      MultiplySteps<Format>(sum, low, high, x[c]);
-    }
-    stream.Release(n);
   }
+  const uint8_t* stage = stream.Wait(n);
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) {
+    const int units = min(4, (columns - column) / 32 - 4 * c);
+    if (c > 0 && units <= 0) break;
+    const uint8_t* atom =
+        Tiled::kChunks == 2 ? stage : stage + TiledRow<Format>::BandBytes(128 * c);
+    typename Tiled::Place place = {units, Tiled::kChunks == 2 ? c : 0, lane / 4, t};
+    LaneUnit<Format> low, high;
+    low.Load(atom, place, normaliser[0]);
+    place.row += 8;
+    high.Load(atom, place, normaliser[1]);
+    MultiplySteps<Format>(sum, low, high, x[c]);
+  }
+  stream.Release(n);
+}
+
+// A tile's expert and pairs, by each warp for itself.
+struct WarpTile {
+  int expert, count;
+};
+
+// From the ids themselves, for up to 32 pairs: block p's tile begins with pair p, if that is the first,
+// the ninth, ... of its expert. False where there is none.
+__device__ __forceinline__ bool FindWarpTile(const Lists& lists, int32_t* pairs, WarpTile* tile) {
+  const int lane = threadIdx.x % 32, first = blockIdx.y;
+  const int id = lane < lists.max_tiles ? lists.expert_ids[lane] : -1;
+  tile->expert = __shfl_sync(0xffffffffu, id, first);
+  if (tile->expert < 0 || tile->expert >= lists.experts) return false;
+  const unsigned same = __ballot_sync(0xffffffffu, id == tile->expert);
+  const int rank = __popc(same & ((1u << first) - 1));
+  if (rank % 8 != 0) return false;
+  const int index = __popc(same & ((1u << lane) - 1)) - rank;
+  if ((same >> lane & 1) && index >= 0 && index < 8) pairs[index] = lane;
+  __syncwarp();
+  tile->count = min(8, __popc(same) - rank);
+  return true;
 }
 
 template <typename Format>
@@ -159,10 +204,23 @@ __global__ void __launch_bounds__(32 * TiledNarrowShape<Format>::kWarps, 3)
   using Shape = TiledNarrowShape<Format>;
   extern __shared__ __align__(128) uint8_t shared[];
   auto& memory = *reinterpret_cast<typename Shape::Memory*>(shared);
-  TokenTile tile;
-  if (!FindTile(args.lists, &tile)) return;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int job = warp / Shape::kSplits;
+  // With the ids at hand, which are older than the kernel before this one, weights can be on their way
+  // before that one has ended.
+  const bool early = args.lists.expert_ids != nullptr;
+  LetNextKernelStart();
+  if (!early) WaitForEarlierKernels();
+  WarpTile tile;
+  if (early) {
+    if (!FindWarpTile(args.lists, memory.pair[warp], &tile)) return WaitForEarlierKernels();
+  } else {
+    TokenTile listed;
+    if (!FindTile(args.lists, &listed)) return;
+    tile = {listed.expert, listed.count};
+    if (lane < tile.count) memory.pair[warp][lane] = args.lists.pairs[listed.begin + lane];
+    __syncwarp();
+  }
+  const int job = warp / Shape::kSplits, split = warp % Shape::kSplits;
   const bool paired = args.activate && args.gated;
   const int which = paired ? job : args.activate ? 1 : 0;
   const int band = paired ? blockIdx.x : 2 * blockIdx.x + job;
@@ -172,21 +230,27 @@ __global__ void __launch_bounds__(32 * TiledNarrowShape<Format>::kWarps, 3)
   const float* aux = matrix.aux + (tile.expert * matrix.expert_rows + band * Shape::kRows) * 2;
   float sum[4] = {};
   if (present) {
-    BandStream<Format> stream(
-        memory.ring[warp], memory.full[warp],
-        matrix.data + tile.expert * matrix.expert_bytes + band * Shape::kRows * args.row_bytes,
-        args.columns, warp % Shape::kSplits);
+    const uint8_t* bytes =
+        matrix.data + tile.expert * matrix.expert_bytes + band * Shape::kRows * args.row_bytes;
+    BandStream<Format, PartOfBand<Format>> stream(memory.ring[warp], memory.full[warp],
+                                                  {bytes, args.columns, split});
     stream.Start();
+    const float normaliser[2] = {0x1p24f / aux[2 * g], 0x1p24f / aux[2 * (g + 8)]};
+    if (early) WaitForEarlierKernels();
     const half* x_row = nullptr;
     if (g < tile.count) {
-      const int pair = args.lists.pairs[tile.begin + g];
-      x_row = static_cast<const half*>(args.x.values) + pair / args.pairs_a_row * args.x.pitch;
+      x_row = static_cast<const half*>(args.x.values) +
+              memory.pair[warp][g] / args.pairs_a_row * args.x.pitch;
     }
-    const float normaliser[2] = {0x1p24f / aux[2 * g], 0x1p24f / aux[2 * (g + 8)]};
-    MultiplyBand<Format>(stream, x_row, args.columns, normaliser, sum);
+    for (int n = 0; StepColumn<Format>(n, split) < args.columns; ++n) {
+      MultiplyStep<Format>(stream, n, x_row, StepColumn<Format>(n, split), args.columns, normaliser,
+                           sum);
+    }
     // A lane holds rows g and g + 8 of tokens 2 t and 2 t + 1.
 #pragma unroll
     for (int i = 0; i < 4; ++i) memory.sums[warp][2 * t + i % 2][g + 8 * (i / 2)] = sum[i];
+  } else if (early) {
+    WaitForEarlierKernels();
   }
   if (args.activate) {
     const float bias[2] = {
@@ -195,7 +259,7 @@ __global__ void __launch_bounds__(32 * TiledNarrowShape<Format>::kWarps, 3)
             : 0,
         LargestBias<WholeBlock>(args.projection[1], tile.expert, args.rows, memory.reduced)};
     if (threadIdx.x < tile.count) {
-      const int pair = args.lists.pairs[tile.begin + threadIdx.x];
+      const int pair = memory.pair[0][threadIdx.x];
       memory.h_factor[threadIdx.x] =
           ScaleOfH(args, tile.expert, pair, bias, blockIdx.x == 0);
     }
@@ -204,7 +268,7 @@ __global__ void __launch_bounds__(32 * TiledNarrowShape<Format>::kWarps, 3)
 
   const int row = threadIdx.x % Shape::kRows, token = threadIdx.x / Shape::kRows % Shape::kTokens;
   if (token >= tile.count) return;
-  const int pair = args.lists.pairs[tile.begin + token];
+  const int pair = memory.pair[0][token];
   const float factor = PairFactor(args, pair);
   const auto result = [&](int job_of, int index, int band_of) {
     float total = 0;

@@ -365,6 +365,8 @@ __global__ void __launch_bounds__(TiledWideShape<Format, kTokens>::kThreads,
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Block = TiledWideBlock<Format, kTokens>;
   extern __shared__ uint8_t shared[];
+  LetNextKernelStart();
+  WaitForEarlierKernels();
   TokenTile tile;
   if (!FindTile(args.lists, &tile)) return;
   const uint32_t address = SharedAddress(shared);
