@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "ffi/blocks/tiled.h"
 #include "ffi/cuda/check.h"
 #include "ffi/cuda/handlers.h"
 
@@ -12,8 +13,6 @@ namespace {
 
 using Weights = ffi::BufferR3<ffi::U8>;
 using Aux = ffi::BufferR3<ffi::F32>;
-
-constexpr int64_t kBandRows = 16;
 
 RepackShape ShapeOf(const Weights& data) {
   return {data.dimensions()[0], data.dimensions()[1], data.dimensions()[2]};
@@ -28,7 +27,7 @@ std::optional<ffi::Error> Complaint(const std::string& op, const Weights& from, 
   }
   const RepackShape shape = ShapeOf(from), result = ShapeOf(to);
   if (shape.rows % kBandRows != 0 || shape.row_bytes % block_bytes != 0) {
-    return Invalid(op, "data must be [experts, a multiple of 16, a multiple of " +
+    return Invalid(op, "data must be [experts, a multiple of 16, of " +
                            std::to_string(block_bytes) + "], not " + ShapeText(from));
   }
   if (result.experts != shape.experts || result.rows != shape.rows ||
