@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_moe import _check as check
+from jax_moe import _ffi
 from jax_moe._block_types import ROUTER_READS
 from jax_moe._block_types import MoEConfig as MoEConfig
 from jax_moe._block_types import MoEParams as MoEParams
@@ -17,6 +18,8 @@ from jax_moe._packed import PackedExperts
 from jax_moe._routing import Routing, gates, route, weigh
 from jax_moe._variants import MoEVariant
 
+AxisName = str | tuple[str, ...]
+
 
 def moe_block(
     params: MoEParams,
@@ -25,6 +28,7 @@ def moe_block(
     *,
     router_input: Array | None = None,
     token_ids: Array | None = None,
+    expert_axis: AxisName | None = None,
     variant: MoEVariant | None = None,
     implementation: str | None = None,
 ) -> Array:
@@ -38,13 +42,18 @@ def moe_block(
         `config.router_reads` asks for something else.
       token_ids: integers `[...]`, the ids of the tokens, for `token_to_experts`; an id outside the
         vocabulary goes to no routed expert.
+      expert_axis: inside `jax.shard_map`, the mesh axis (or axes) over which `params.experts` is
+        sharded, in the order of the experts. Everything else, x included, is whole on every device
+        of that axis; so is the result. `MoEParams.partition_specs` gives the `in_specs`.
       variant, implementation: as in `moe_ffn`.
 
     Returns:
       x's shape and dtype: what goes to the residual sum. A norm or a factor that a model applies to
       the result of any of its sublayers, MoE or not, is outside, as the pre-norm is.
 
-    The router's product runs at the highest precision in float32, whatever x's dtype.
+    The router's product runs at the highest precision in float32, whatever x's dtype. With
+    `expert_axis` every device routes alike, runs its own experts, and their results are summed in
+    float32; shared and chunk experts run once on every device.
 
     Raises: TypeError or ValueError when traced, naming the argument.
     """
@@ -60,13 +69,20 @@ def moe_block(
     router_rows = _router_rows(router_input, x, config).reshape(num_tokens, d_model)
     options: dict[str, Any] = {"variant": variant, "implementation": implementation}
     logits = _router_logits(params, router_rows, config)
-    num_experts = check.weight("params.experts.down", params.experts.down)[0]
+    local = check.weight("params.experts.down", params.experts.down)[0]
+    num_experts = local
+    if expert_axis is not None:
+        num_experts *= _axis_size(expert_axis, tokens, router_rows)
     if logits.shape[1] != num_experts:
+        where = "" if expert_axis is None else f", {local} on each device of {expert_axis!r}"
         raise ValueError(
             f"params.router has shape [E, H] = {params.router.shape}, but params.experts has "
-            f"{num_experts} experts."
+            f"{num_experts} experts{where}."
         )
     routing = _route(params, logits, config, _flat_ids(token_ids, shape), implementation)
+    if expert_axis is not None:  # the experts of other devices become ids that add nothing
+        first = jax.lax.axis_index(expert_axis) * local
+        routing = Routing(routing.expert_ids - first, routing.weights)
 
     y = tokens
     if params.latent_down is not None:
@@ -81,6 +97,8 @@ def moe_block(
         weights_before=config.weights_before,
         **options,
     )
+    if expert_axis is not None:
+        y = jax.lax.psum(y.astype(jnp.float32), expert_axis).astype(y.dtype)
     if params.chunk_experts is not None:
         y = y + _second_pass(params.chunk_experts, y, logits, config, options)
     if params.latent_norm is not None:
@@ -97,6 +115,31 @@ def moe_block(
         if config.sum_scale != 1.0:
             y = y * jnp.asarray(config.sum_scale, y.dtype)
     return y.reshape(shape)
+
+
+def axis_is_bound(axis: AxisName) -> bool:
+    """Whether an enclosing `jax.shard_map` has this axis."""
+    try:
+        jax.lax.axis_size(axis)
+    except NameError:
+        return False
+    return True
+
+
+def _axis_size(axis: AxisName, x: Array, router_rows: Array) -> int:
+    """The devices of `expert_axis`, over which neither may be sharded."""
+    if not axis_is_bound(axis):
+        raise ValueError(
+            f"expert_axis is an axis of an enclosing jax.shard_map, and {axis!r} is none."
+        )
+    names = {axis} if isinstance(axis, str) else set(axis)
+    if sharded := names & (_ffi.varying_axes(x) | _ffi.varying_axes(router_rows)):
+        raise ValueError(
+            f"x, or router_input, differs between the devices of {', '.join(sorted(sharded))}, "
+            "which each run their experts for all tokens; all_gather the tokens before, and take "
+            "the device's own from the result."
+        )
+    return jax.lax.axis_size(axis)
 
 
 def _router_rows(router_input: Array | None, x: Array, config: MoEConfig) -> Array:

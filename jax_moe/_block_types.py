@@ -1,9 +1,12 @@
 """MoEConfig and MoEParams: what a model's metadata and tensors say of one MoE block."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from jax_moe._ffn import Experts, Weight
 
@@ -102,3 +105,14 @@ class MoEParams:
     latent_norm: Array | None = None
     chunk_experts: Experts | None = None
     token_to_experts: Array | None = None
+
+    def partition_specs(self, expert_axis: str | tuple[str, ...]) -> "MoEParams":
+        """Where each leaf of one layer belongs when its experts are sharded over a mesh axis.
+
+        The same pytree with a `PartitionSpec` for every leaf: the routed experts are split along E,
+        all else is whole on every device. For `in_specs` of `jax.shard_map`, and, through
+        `jax.tree.map`, for shardings.
+        """
+        whole: Any = jax.tree.map(lambda _: PartitionSpec(), self)
+        split = jax.tree.map(lambda _: PartitionSpec(expert_axis), self.experts)
+        return dataclasses.replace(whole, experts=split)

@@ -158,7 +158,7 @@ def _attribute(value: Any) -> np.generic:
     raise TypeError(f"an FFI attribute is an int or a float, not {type(value).__name__}")
 
 
-def _varying_axes(x: Array) -> frozenset[str]:
+def varying_axes(x: Array) -> frozenset[str]:
     """The mesh axes of the enclosing shard_map over which x varies."""
     aval = jax.typeof(x)
     if hasattr(aval, "manual_axis_type"):
@@ -166,8 +166,8 @@ def _varying_axes(x: Array) -> frozenset[str]:
     return frozenset(getattr(aval, "vma", frozenset()))
 
 
-def _cast_varying(x: Array, axes: frozenset[str]) -> Array:
-    missing = tuple(sorted(axes - _varying_axes(x)))
+def cast_varying(x: Array, axes: frozenset[str]) -> Array:
+    missing = tuple(sorted(axes - varying_axes(x)))
     if not missing:
         return x
     if hasattr(jax.lax, "pcast"):
@@ -196,10 +196,10 @@ def call(
     native()
     for operand in operands:
         _refuse_explicit_sharding(target, operand)
-    varying = frozenset().union(*map(_varying_axes, operands))
+    varying = frozenset().union(*map(varying_axes, operands))
     types: Sequence[Any] = results
     if varying:
-        operands = tuple(_cast_varying(operand, varying) for operand in operands)
+        operands = tuple(cast_varying(operand, varying) for operand in operands)
         aval = jax.typeof(operands[0])
         types = [
             aval.update(

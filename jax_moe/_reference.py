@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_moe import _check as check
+from jax_moe import _ffi
 from jax_moe._activations import activate
 from jax_moe._packed import PackedExperts
 
@@ -161,5 +162,8 @@ def _by_expert(
         ]
         return jnp.where((expert_of_row == e)[:, None], apply(e, *matrices), y), None
 
-    y, _ = jax.lax.scan(step, jnp.zeros(shape, dtype), jnp.arange(num_experts, dtype=jnp.int32))
-    return y
+    y = jnp.zeros(shape, dtype)
+    if jax.sharding.get_abstract_mesh().manual_axes:  # what is carried has one type all the way
+        result, _ = jax.eval_shape(step, y, jnp.int32(0))
+        y = _ffi.cast_varying(y, _ffi.varying_axes(result))
+    return jax.lax.scan(step, y, jnp.arange(num_experts, dtype=jnp.int32))[0]

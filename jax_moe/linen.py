@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_moe._block import MoEConfig, MoEParams, moe_block
+from jax_moe._block import AxisName, MoEConfig, MoEParams, axis_is_bound, moe_block
 from jax_moe._gguf import GGUFFile
 from jax_moe._tree import expert_axes, from_tree, is_trainable, quantize_params, to_tree
 from jax_moe._variants import MoEVariant
@@ -38,7 +38,8 @@ class MoE(nn.Module):
         `apply` looks at the shapes only.
       config: the block's metadata.
       expert_axis: a mesh axis, or logical axis: `init` boxes the variables of the routed experts in
-        `nn.Partitioned` with it.
+        `nn.Partitioned` with it. Inside a `jax.shard_map` over it, calls take the experts for the
+        device's share.
     """
 
     params: MoEParams
@@ -97,10 +98,17 @@ class MoE(nn.Module):
         *,
         router_input: Array | None = None,
         token_ids: Array | None = None,
+        expert_axis: AxisName | None = None,
         variant: MoEVariant | None = None,
         implementation: str | None = None,
     ) -> Array:
-        """`moe_block` of x `[..., H]`; gradients need `implementation="reference"`."""
+        """`moe_block` of x `[..., H]`; gradients need `implementation="reference"`.
+
+        `expert_axis` is as there; if None, the module's own where an enclosing `jax.shard_map` has
+        that axis. So the same model runs sharded within one and whole outside.
+        """
+        if expert_axis is None and self.expert_axis and axis_is_bound(self.expert_axis):
+            expert_axis = self.expert_axis
         tree = to_tree(self.params)
         floats = {
             name: self.param(name, lambda _, name=name, node=node: self._initial((name,), node))
@@ -116,6 +124,7 @@ class MoE(nn.Module):
             self.config,
             router_input=router_input,
             token_ids=token_ids,
+            expert_axis=expert_axis,
             variant=variant,
             implementation=implementation,
         )
@@ -125,8 +134,16 @@ class MoE(nn.Module):
             return {name: self._initial((*path, name), child) for name, child in node.items()}
         abstract = isinstance(node, jax.ShapeDtypeStruct)
         value = jnp.zeros(node.shape, node.dtype) if abstract else node
-        axes = self.expert_axis and expert_axes(path, len(node.shape), self.expert_axis)
-        return nn.Partitioned(value, axes) if axes else value
+        axis = self.expert_axis
+        axes = None if axis is None else expert_axes(path, len(node.shape), axis)
+        if axis is None or axes is None:
+            return value
+        if axis_is_bound(axis):  # `params` is the whole block, the variables are a device's share
+            position = axes.index(axis)
+            count = value.shape[position] // jax.lax.axis_size(axis)
+            first = jax.lax.axis_index(axis) * count
+            value = jax.lax.dynamic_slice_in_dim(value, first, count, position)
+        return nn.Partitioned(value, axes)
 
 
 def _select(tree: Mapping[str, Any], trainable: bool) -> dict[str, Any]:

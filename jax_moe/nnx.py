@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from jax_moe._block import MoEConfig, MoEParams, moe_block
+from jax_moe._block import AxisName, MoEConfig, MoEParams, axis_is_bound, moe_block
 from jax_moe._gguf import GGUFFile
 from jax_moe._tree import expert_axes, from_tree, is_trainable, quantize_params, to_tree
 from jax_moe._variants import MoEVariant
@@ -35,10 +35,10 @@ class PackedParam(nnx.Variable):
 class MoE(nnx.Module):
     """A Mixture-of-Experts block.
 
-    Its attributes are `config` and the fields of `params` that are present, under the same names.
-    Float arrays are `nnx.Param`; a packed weight is an `nnx.Dict` of one `PackedParam` under the
-    name of its format, as in `moe.experts["gate"]["Q4_K"]`. So a state or checkpoint names the
-    format of each weight, and nothing but `config` must be kept beside it.
+    Its attributes are `config`, `expert_axis` and the fields of `params` that are present, under
+    the same names. Float arrays are `nnx.Param`; a packed weight is an `nnx.Dict` of one
+    `PackedParam` under the name of its format, as in `moe.experts["gate"]["Q4_K"]`. So a state or
+    checkpoint names the format of each weight, and nothing but `config` must be kept beside it.
 
     Args:
       params: the block's tensors; of abstract ones (`jax.ShapeDtypeStruct`) results an abstract
@@ -46,11 +46,13 @@ class MoE(nnx.Module):
       config: the block's metadata.
       expert_axis: a mesh axis, or logical axis: the variables of the routed experts are annotated
         with it (`out_sharding`, for `nnx.get_partition_spec` and the like). The arrays stay where
-        they are, and no mesh need be set.
+        they are, and no mesh need be set. Inside a `jax.shard_map` over it, calls take the experts
+        for the device's share.
     """
 
     def __init__(self, params: MoEParams, config: MoEConfig, *, expert_axis: str | None = None):
         self.config = config
+        self.expert_axis = expert_axis
         for name, node in to_tree(params).items():
             setattr(self, name, _variables((name,), node, expert_axis))
 
@@ -109,16 +111,24 @@ class MoE(nnx.Module):
         *,
         router_input: Array | None = None,
         token_ids: Array | None = None,
+        expert_axis: AxisName | None = None,
         variant: MoEVariant | None = None,
         implementation: str | None = None,
     ) -> Array:
-        """`moe_block` of x `[..., H]`; gradients need `implementation="reference"`."""
+        """`moe_block` of x `[..., H]`; gradients need `implementation="reference"`.
+
+        `expert_axis` is as there; if None, the module's own where an enclosing `jax.shard_map` has
+        that axis. So the same model runs sharded within one and whole outside.
+        """
+        if expert_axis is None and self.expert_axis and axis_is_bound(self.expert_axis):
+            expert_axis = self.expert_axis
         return moe_block(
             self.params,
             x,
             self.config,
             router_input=router_input,
             token_ids=token_ids,
+            expert_axis=expert_axis,
             variant=variant,
             implementation=implementation,
         )
