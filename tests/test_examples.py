@@ -272,10 +272,26 @@ def test_generate_prints_a_text(tmp_path, capsys, tokenizer_class):
 def test_random_weights_have_their_deviation(kind, tolerance):
     """MXFP4's scales are powers of two, so the deviation is right to a factor of sqrt(2)."""
     tensor = make_random_gguf.Tensor("a", (64, 1024), make_random_gguf.Type[kind], 0.25)
-    packed = make_random_gguf.data(tensor, np.random.default_rng(0))
+    packed = np.concatenate(list(make_random_gguf.Source(0).pieces(tensor, 0))).reshape(64, -1)
     weights = np.asarray(jax_moe.PackedExperts(jnp.asarray(packed), kind).dequantize())
     assert abs(weights.std() / 0.25 - 1) < tolerance
     assert abs(weights.mean()) / 0.25 < 0.05
+
+
+def test_random_files_do_not_depend_on_threads(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_random_gguf.Source, "BLOCKS", 1009)  # tensors go around their sheet
+    shape = dataclasses.replace(make_random_gguf.MODELS["qwen3-tiny"], layers=2)
+    paths = [tmp_path / f"{threads}.gguf" for threads in (1, 5)]
+    for path, threads in zip(paths, (1, 5), strict=True):
+        make_random_gguf.write_model(path, shape, threads=threads)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    import gguf
+
+    tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(paths[0]).tensors}
+    experts = tensors["blk.0.ffn_gate_exps.weight"]
+    assert len(np.unique(experts.reshape(len(experts), -1), axis=0)) == len(experts)
+    assert tensors["output.weight"].shape == (512, 210)
+    assert (tensors["output_norm.weight"] == 1).all()
 
 
 def test_another_architecture_is_named(tmp_path):

@@ -9,14 +9,17 @@ deviation is 1 / sqrt(K), less by sqrt(2 layers) where a layer adds to the resid
 the embedding. Blocks hold random bits under scales that give that. Formats are those of llama.cpp's
 Q4_K_M for Qwen3, and of the published gpt-oss files (MXFP4 experts, Q8_0 for the rest).
 
-Tensors are written one by one; needs only NumPy and the gguf package.
+Written by several threads, at the speed of the disk; needs only NumPy and the gguf package.
 """
 
 import argparse
 import dataclasses
 import math
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,21 +108,77 @@ def more_bits(layer: int, layers: int) -> bool:
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
 
 
-def data(tensor: Tensor, rng: np.random.Generator) -> np.ndarray:
-    """Float32 `[...]`, or a packed tensor's bytes, uint8 `[..., row_bytes]`."""
+class Source:
+    """Makes tensors' bytes, the same for the same seed.
+
+    Random bits are made once for each format and get their scales once for each deviation. Tensors
+    begin at different places of such a sheet of blocks and go around it. Its number of blocks is a
+    prime, so that the experts of a tensor are all different.
+    """
+
+    BLOCKS = 262139
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self._bits: dict[Type, np.ndarray] = {}
+        self._sheets: dict[tuple[Type, float], np.ndarray] = {}
+
+    def prepare(self, table: list[Tensor]) -> None:
+        """Makes the sheets of all tensors, which threads may then read."""
+        for tensor in table:
+            if is_packed(tensor):
+                self._sheet(tensor.type, tensor.deviation)
+
+    def pieces(self, tensor: Tensor, index: int) -> Iterator[np.ndarray]:
+        """The bytes of a tensor, the `index`-th of the file, as uint8 arrays one after another."""
+        rng = np.random.Generator(np.random.SFC64((self.seed, 1 + index)))
+        if not is_packed(tensor):
+            yield values(tensor, rng).reshape(-1).view(np.uint8)
+            return
+        sheet = self._sheet(tensor.type, tensor.deviation)
+        left, start = num_blocks(tensor), int(rng.integers(self.BLOCKS))
+        while left:
+            piece = sheet[start : start + left]
+            yield piece.reshape(-1)
+            left, start = left - len(piece), 0
+
+    def _sheet(self, kind: Type, deviation: float) -> np.ndarray:
+        """Blocks, uint8 `[BLOCKS, block_bytes]`."""
+        if (kind, deviation) not in self._sheets:
+            blocks = self._random(kind).copy()
+            set_scales(blocks, kind, deviation)
+            self._sheets[kind, deviation] = blocks
+        return self._sheets[kind, deviation]
+
+    def _random(self, kind: Type) -> np.ndarray:
+        if kind not in self._bits:
+            rng = np.random.Generator(np.random.SFC64((self.seed, 0, kind)))
+            shape = (self.BLOCKS, gguf.GGML_QUANT_SIZES[kind][1])
+            # Whole 64-bit words are what generators make fastest.
+            words = rng.integers(0, 1 << 64, -(-math.prod(shape) // 8), np.uint64)
+            self._bits[kind] = words.view(np.uint8)[: math.prod(shape)].reshape(shape)
+        return self._bits[kind]
+
+
+def is_packed(tensor: Tensor) -> bool:
+    return tensor.type != Type.F32
+
+
+def num_blocks(tensor: Tensor) -> int:
+    return math.prod(tensor.shape) // gguf.GGML_QUANT_SIZES[tensor.type][0]
+
+
+def num_bytes(tensor: Tensor) -> int:
+    return num_blocks(tensor) * gguf.GGML_QUANT_SIZES[tensor.type][1]
+
+
+def values(tensor: Tensor, rng: np.random.Generator) -> np.ndarray:
+    """Float32 of a tensor that is not packed."""
     if "norm" in tensor.name:
         return np.ones(tensor.shape, np.float32)
     if tensor.name.endswith(".bias") or "sinks" in tensor.name:
         return np.zeros(tensor.shape, np.float32)
-    if tensor.type == Type.F32:
-        return rng.standard_normal(tensor.shape, np.float32) * np.float32(tensor.deviation)
-    block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
-    count = math.prod(tensor.shape) // block_size
-    # Whole 64-bit words are what generators make fastest.
-    words = rng.integers(0, 1 << 64, -(-count * block_bytes // 8), np.uint64)
-    blocks = words.view(np.uint8)[: count * block_bytes].reshape(count, block_bytes)
-    set_scales(blocks, tensor.type, tensor.deviation)
-    return blocks.reshape(*tensor.shape[:-1], -1)
+    return rng.standard_normal(tensor.shape, np.float32) * np.float32(tensor.deviation)
 
 
 def set_scales(blocks: np.ndarray, kind: Type, deviation: float) -> None:
@@ -182,28 +241,54 @@ def add_keys(writer: gguf.GGUFWriter, shape: Shape) -> None:
         writer.add_rope_scaling_orig_ctx_len(4096)
 
 
-def write_model(path: Path, shape: Shape, *, seed: int = 0) -> None:
+def write_model(path: Path, shape: Shape, *, seed: int = 0, threads: int | None = None) -> None:
     """Writes the model; the same seed gives the same bytes."""
     writer = gguf.GGUFWriter(path, shape.architecture)
     add_keys(writer, shape)
     table = list(tensors(shape))
     for tensor in table:
-        block_size, block_bytes = gguf.GGML_QUANT_SIZES[tensor.type]
-        nbytes = math.prod(tensor.shape) // block_size * block_bytes
         writer.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.float32), nbytes, raw_dtype=tensor.type
+            tensor.name,
+            tensor.shape,
+            np.dtype(np.float32),
+            num_bytes(tensor),
+            raw_dtype=tensor.type,
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    rng = np.random.Generator(np.random.SFC64(seed))
-    for i, tensor in enumerate(table):
-        writer.write_tensor_data(data(tensor, rng))
-        if sys.stderr.isatty():
-            print(f"\rtensor {i + 1} of {len(table)}", end="", file=sys.stderr)
+    writer.close()
+
+    def aligned(position: int) -> int:
+        return writer.ggml_pad(position, writer.data_alignment)
+
+    offsets = [aligned(path.stat().st_size)]
+    for tensor in table:
+        offsets.append(aligned(offsets[-1] + num_bytes(tensor)))
+    os.truncate(path, offsets[-1])
+    source = Source(seed)
+    source.prepare(table)
+
+    def write(index: int) -> None:
+        position = offsets[index]
+        for piece in source.pieces(table[index], index):
+            position = write_at(file, piece, position)
+
+    with open(path, "r+b") as opened, ThreadPoolExecutor(threads) as pool:
+        file = opened.fileno()
+        for i, _ in enumerate(pool.map(write, range(len(table)))):
+            if sys.stderr.isatty():
+                print(f"\rtensor {i + 1} of {len(table)}", end="", file=sys.stderr)
     if sys.stderr.isatty():
         print(file=sys.stderr)
-    writer.close()
+
+
+def write_at(file: int, data: np.ndarray, position: int) -> int:
+    """Writes all bytes of `data`; returns the position after them."""
+    while len(data):
+        written = os.pwrite(file, data, position)
+        data, position = data[written:], position + written
+    return position
 
 
 def main() -> None:
@@ -212,12 +297,15 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="qwen3-30b-a3b")
     parser.add_argument("--layers", type=int, help="instead of the model's own number")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, help="that write; by default about one a processor")
     options = parser.parse_args()
     shape = MODELS[options.model]
     if options.layers is not None:
         shape = dataclasses.replace(shape, layers=options.layers)
-    write_model(options.path, shape, seed=options.seed)
-    print(f"{options.path}: {options.path.stat().st_size / 1e9:.2f} GB")
+    start = time.perf_counter()
+    write_model(options.path, shape, seed=options.seed, threads=options.threads)
+    seconds, size = time.perf_counter() - start, options.path.stat().st_size / 1e9
+    print(f"{options.path}: {size:.2f} GB in {seconds:.1f} s, {size / seconds:.2f} GB/s")
 
 
 if __name__ == "__main__":
