@@ -52,6 +52,8 @@ class MoE(nn.Module):
         file: GGUFFile | str | os.PathLike[str],
         layer: int,
         device_or_sharding: jax.Device | jax.sharding.Sharding | None = None,
+        *,
+        prepack: bool = False,
         **attributes: Any,
     ) -> MoE:
         """One MoE layer of a GGUF file; arguments and errors as in `GGUFFile.load`.
@@ -60,7 +62,7 @@ class MoE(nn.Module):
         """
         if not isinstance(file, GGUFFile):
             file = GGUFFile(file)
-        return cls(*file.load(layer, device_or_sharding), **attributes)
+        return cls(*file.load(layer, device_or_sharding, prepack=prepack), **attributes)
 
     @classmethod
     def from_floats(

@@ -63,6 +63,7 @@ class MoE(nnx.Module):
         layer: int,
         device_or_sharding: jax.Device | jax.sharding.Sharding | None = None,
         *,
+        prepack: bool = False,
         expert_axis: str | None = None,
     ) -> MoE:
         """One MoE layer of a GGUF file; arguments and errors as in `GGUFFile.load` and `MoE`.
@@ -71,7 +72,7 @@ class MoE(nnx.Module):
         """
         if not isinstance(file, GGUFFile):
             file = GGUFFile(file)
-        return cls(*file.load(layer, device_or_sharding), expert_axis=expert_axis)
+        return cls(*file.load(layer, device_or_sharding, prepack=prepack), expert_axis=expert_axis)
 
     @classmethod
     def from_floats(

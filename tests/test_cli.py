@@ -182,7 +182,7 @@ def test_a_progress_bar_for_a_load_that_takes_long(tmp_path, capsys, monkeypatch
     pytest.importorskip("rich")
     monkeypatch.setattr(progress, "PATIENCE", patience)
     model = Model(write_qwen3moe(tmp_path / "model.gguf"))
-    progress.read_ahead(list(model.tensors.values()), "layer 7", progress=True)
+    list(progress.read(model.tensors, "layer 7", progress=True))
     output = capsys.readouterr()
     assert output.out == ""
     assert ("layer 7" in output.err) == shown

@@ -1,6 +1,7 @@
 """From a file to MoEParams and MoEConfig: one small model of every kind of block."""
 
 import dataclasses
+from pathlib import Path
 
 import gguf
 import jax
@@ -373,6 +374,68 @@ def test_a_sharding_is_for_the_routed_experts(tmp_path):
     assert {shard.data.shape for shard in up.addressable_shards} == {(2, *up.shape[1:])}
     replicated = [params.router, params.shared_gate, params.shared.up.data]
     assert all(leaf.sharding.is_fully_replicated for leaf in replicated)
+
+
+def tensors_of(params):
+    """The packed weights of a block."""
+    leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, PackedExperts))
+    return [leaf for leaf in leaves if isinstance(leaf, PackedExperts)]
+
+
+@pytest.mark.skipif(unusable() is not None, reason=str(unusable()))
+@pytest.mark.parametrize("devices", [1, 2])
+def test_prepack(devices, tmp_path):
+    made = model("deepseek", DEEPSEEK, shared=True)
+    file = GGUFFile(write_gguf(tmp_path / "model.gguf", *made))
+    target = None
+    if devices > 1:
+        target = NamedSharding(Mesh(np.array(jax.devices()[:devices]), ("expert",)), P("expert"))
+    params, config = file.load(1, target)
+    tiled, same = file.load(1, target, prepack=True)
+    assert config == same
+    assert len(tensors_of(tiled)) == 6
+    for weight, expected in zip(tensors_of(tiled), tensors_of(params), strict=True):
+        assert weight.layout == "tiled"
+        assert weight.data.sharding.is_equivalent_to(expected.data.sharding, 3)
+        np.testing.assert_array_equal(weight.unpack().data, expected.data)
+    name = "blk.1.ffn_up_exps.weight"
+    assert file.load_tensor(name).layout is None
+    assert file.load_tensor(name, prepack=True).layout == "tiled"
+    assert file.load_tensor("blk.1.ffn_gate_inp.weight", prepack=True).shape == (4, 64)
+
+
+def mapped_bytes(path):
+    """How much of a file's memory maps is in memory."""
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists():
+        pytest.skip("needs /proc")
+    total, here = 0, False
+    for line in smaps.read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            here = bool(rest) and line.endswith(str(path))
+        elif here and first == "Rss:":
+            total += 1024 * int(rest[0])
+    return total
+
+
+def test_no_more_than_a_layer_is_held(tmp_path):
+    """What went to the device is let go of; what is a view of the file on a CPU stays."""
+    sizes = {"experts": 4, "d_model": 1024, "d_expert": 512}
+    weights, keys = Weights(), model_keys(layers=4, **sizes)
+    tensors = {"token_embd.weight": weights(16, 64)}
+    for layer in range(4):
+        tensors |= expert_tensors(weights, layer, **sizes)
+    file = GGUFFile(write_gguf(tmp_path / "model.gguf", "qwen3moe", keys, tensors))
+    sharding = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("expert",)), P("expert"))
+    before, kept = mapped_bytes(file.path), []
+    for layer in file.layers:
+        kept.append(file.load(layer.index, sharding, prepack=True))
+        after = mapped_bytes(file.path)
+        assert after - before <= layer.nbytes
+    np.testing.assert_array_equal(
+        kept[2][0].experts.up.unpack().data, file.load(2)[0].experts.up.data
+    )
 
 
 def test_a_file_on_the_cpu_is_not_copied_where_it_need_not_be(tmp_path):

@@ -200,6 +200,7 @@ def test_from_gguf(tmp_path):
     }
     y = jax_moe.moe_block(params, cases.tokens(), config)
     np.testing.assert_array_equal(moe.apply(variables, cases.tokens()), y)
+    assert MoE.from_gguf(file, 1, prepack=True).params.experts.up.layout == "tiled"
 
 
 def test_from_floats():

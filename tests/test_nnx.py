@@ -240,6 +240,7 @@ def test_from_gguf(tmp_path):
         assert moe.config == config
         cases.assert_same(moe.params, params)
     assert moe.params.experts.up.format.name == "Q4_0"
+    assert MoE.from_gguf(file, 1, prepack=True).params.experts.up.layout == "tiled"
 
     sharding = NamedSharding(cases.expert_mesh(), P("expert"))
     moe = MoE.from_gguf(file, 1, sharding, expert_axis="expert")

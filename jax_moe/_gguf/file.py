@@ -20,7 +20,7 @@ from jax_moe._gguf.entries import Entry
 from jax_moe._gguf.header import GGUFError, TensorInfo
 from jax_moe._gguf.keys import architecture_name
 from jax_moe._gguf.layers import GGUFLayer, read_layers
-from jax_moe._gguf.progress import read_ahead
+from jax_moe._gguf.progress import read
 from jax_moe._gguf.split import Model
 from jax_moe._gguf.types import BLOCK_FORMATS, DENSE_DTYPES
 from jax_moe._packed import PackedExperts
@@ -71,6 +71,7 @@ class GGUFFile:
         name: str,
         device_or_sharding: jax.Device | jax.sharding.Sharding | None = None,
         *,
+        prepack: bool = False,
         progress: bool | None = None,
     ) -> PackedExperts | Array:
         """Any tensor of the model, for what is not in a MoE layer: attention, norms, embeddings.
@@ -82,7 +83,7 @@ class GGUFFile:
         Args:
           name: as in the file, like "blk.0.attn_q.weight"; a key of `tensors`.
           device_or_sharding: where to put it; JAX's default device if None.
-          progress: as in `load`.
+          prepack, progress: as in `load`.
 
         Raises:
           GGUFError: if there is no such tensor, or its type is not one of those.
@@ -94,18 +95,17 @@ class GGUFFile:
             raise self._model.error(
                 f"tensor {name!r} has type {tensor.format}, which cannot be used"
             )
-        self._check_size()
-        read_ahead([tensor], name, progress)
         packed = tensor.ggml_type in BLOCK_FORMATS
         leading = (1,) * (3 - len(tensor.shape)) if packed else ()
         entry = Entry(tensor, (*leading, *tensor.shape), weight=True)
-        return jax.device_put(self._host_array(entry), device_or_sharding)
+        return self._stream({"": entry}, name, device_or_sharding, prepack, progress)[""]
 
     def load(
         self,
         layer: int,
         device_or_sharding: jax.Device | jax.sharding.Sharding | None = None,
         *,
+        prepack: bool = False,
         progress: bool | None = None,
     ) -> tuple[MoEParams, MoEConfig]:
         """The parameters and the configuration of one MoE layer, for `moe_block`.
@@ -114,12 +114,19 @@ class GGUFFile:
         float32, float16 or bfloat16 `[E, N, K]`. Router, biases, scales and norms are float32,
         tables of experts int32.
 
+        Weights are read in the file's order, and each is handed to the device and let go of before
+        the next: the host never holds a whole layer more, whatever the size of the file. On a CPU
+        arrays may be views of the file instead, and are then not copied at all.
+
         Args:
           layer: the layer's index in the model, as in `layers`.
           device_or_sharding: where to put the arrays; JAX's default device if None. A NamedSharding
             is for the routed experts, `[E, N, row_bytes]`; of everything else each device of its
             mesh gets a copy. With `NamedSharding(mesh, P("expert"))` every device holds its share
             of the experts.
+          prepack: whether to bring every packed weight into the layout that GPUs read fastest, as
+            `PackedExperts.prepack` does, once it is on the device. No more than one weight is then
+            there twice.
           progress: whether to show a progress bar on stderr when the load takes more than a second;
             None: if stderr is a terminal.
 
@@ -127,14 +134,31 @@ class GGUFFile:
           GGUFError: if the model has no such MoE layer, or it cannot be run; it says why.
         """
         info = self._layer(layer)
-        self._check_size()
-        read_ahead([entry.tensor for entry in info.entries.values()], f"layer {layer}", progress)
-        leaves = {
-            leaf: _place(leaf, self._host_array(entry), device_or_sharding)
-            for leaf, entry in info.entries.items()
-        }
+        leaves = self._stream(info.entries, f"layer {layer}", device_or_sharding, prepack, progress)
         assert info.config is not None
         return _assemble(leaves), info.config
+
+    def _stream(
+        self,
+        entries: Mapping[str, Entry],
+        label: str,
+        target: jax.Device | jax.sharding.Sharding | None,
+        prepack: bool,
+        progress: bool | None,
+    ) -> dict[str, Any]:
+        """The leaves of these names on the device."""
+        self._check_size()
+        leaves: dict[str, Any] = {}
+        for leaf in read({k: entry.tensor for k, entry in entries.items()}, label, progress):
+            placed = _place(leaf, self._host_array(entries[leaf]), target)
+            if prepack and isinstance(placed, PackedExperts):
+                placed = placed.prepack(donate=True)
+            # Waiting costs no reading: the kernel goes on with the next tensors meanwhile.
+            leaves[leaf] = jax.block_until_ready(placed)
+            tensor = entries[leaf].tensor
+            if not _is_view(placed, tensor.bytes()):
+                tensor.release()
+        return leaves
 
     def _check_size(self) -> None:
         # A map of a file that has shrunk kills the process at the first touch.
@@ -186,6 +210,17 @@ def _place(leaf: str, array: Any, target: jax.Device | jax.sharding.Sharding | N
         spec = target.spec[:rank] if leaf.startswith("experts.") else ()
         target = NamedSharding(target.mesh, PartitionSpec(*spec), memory_kind=target.memory_kind)
     return jax.device_put(array, target)
+
+
+def _is_view(leaf: Any, raw: np.ndarray) -> bool:
+    """Whether a leaf's data are the file's memory, as they may be on a CPU."""
+    start = raw.__array_interface__["data"][0]
+    return any(
+        shard.device.platform == "cpu"
+        and start <= shard.data.unsafe_buffer_pointer() < start + raw.nbytes
+        for array in jax.tree.leaves(leaf)
+        for shard in array.addressable_shards
+    )
 
 
 def _assemble(leaves: Mapping[str, Any]) -> MoEParams:

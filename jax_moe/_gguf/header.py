@@ -80,10 +80,17 @@ class TensorInfo:
 
     def will_need(self) -> None:
         """Tells the kernel to read the data ahead."""
-        if hasattr(mmap, "MADV_WILLNEED"):
+        self._advise("MADV_WILLNEED")
+
+    def release(self) -> None:
+        """Lets go of the memory that holds the data; `bytes` reads it again where it is used."""
+        self._advise("MADV_DONTNEED")
+
+    def _advise(self, advice: str) -> None:
+        if hasattr(mmap, advice) and self.nbytes:
             start = self.offset - self.offset % mmap.PAGESIZE
-            nbytes = self.offset + (self.nbytes or 0) - start
-            self._header.buffer.madvise(mmap.MADV_WILLNEED, start, nbytes)
+            nbytes = self.offset + self.nbytes - start
+            self._header.buffer.madvise(getattr(mmap, advice), start, nbytes)
 
 
 class Header:

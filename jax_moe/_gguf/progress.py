@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from jax_moe._gguf.header import TensorInfo
@@ -14,33 +14,39 @@ _PAGE = 4096
 PATIENCE = 1.0  # seconds until the bar appears
 
 
-def read_ahead(tensors: Iterable[TensorInfo], label: str, progress: bool | None = None) -> None:
-    """Touches every page of the tensors' data, so that it is in memory when it is used.
+def read(
+    tensors: Mapping[str, TensorInfo], label: str, progress: bool | None = None
+) -> Iterator[str]:
+    """Brings tensors into memory, one after another in the file's order.
+
+    Yields the key of each when all its pages are there. Meanwhile the kernel reads the next ones,
+    so that what the caller does with one costs the disk no time.
 
     Args:
-      tensors: in any order; they are read in the file's.
+      tensors: by any keys.
       label: what is being read, shown beside the bar.
       progress: show a bar on stderr once this has taken a second; None: if stderr is a terminal.
     """
-    ordered = sorted(tensors, key=lambda tensor: (str(tensor.path), tensor.offset))
-    total = sum(tensor.nbytes or 0 for tensor in ordered)
+    ordered = sorted(tensors.items(), key=lambda item: (str(item[1].path), item[1].offset))
+    total = sum(tensor.nbytes or 0 for _, tensor in ordered)
     bar = _Bar(label, total, sys.stderr.isatty() if progress is None else progress)
+    for _, tensor in ordered:
+        tensor.will_need()
     try:
-        for nbytes in _touch(ordered):
-            bar.advance(nbytes)
+        for key, tensor in ordered:
+            for nbytes in _touch(tensor):
+                bar.advance(nbytes)
+            yield key
     finally:
         bar.close()
 
 
-def _touch(tensors: list[TensorInfo]) -> Iterator[int]:
-    for tensor in tensors:
-        tensor.will_need()
-    for tensor in tensors:
-        data = tensor.bytes()
-        for start in range(0, len(data), _CHUNK):
-            chunk = data[start : start + _CHUNK]
-            chunk[::_PAGE].max()
-            yield len(chunk)
+def _touch(tensor: TensorInfo) -> Iterator[int]:
+    data = tensor.bytes()
+    for start in range(0, len(data), _CHUNK):
+        chunk = data[start : start + _CHUNK]
+        chunk[::_PAGE].max()
+        yield len(chunk)
 
 
 class _Bar:
