@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Tensor cores take 16-bit activations; the CPU kernels work in float32.
     dtype = options.dtype or ("bfloat16" if jax.default_backend() == "gpu" else "float32")
     start = time.perf_counter()
-    model = jax.block_until_ready(load_transformer(file, dtype=dtype))
+    model = jax.block_until_ready(load_transformer(file, dtype=dtype, prepack=options.prepack))
     loaded = time.perf_counter()
     vocabulary = model.embedding.weight.shape[1]
     if not 0 <= min(prompt) <= max(prompt) < vocabulary:
@@ -102,6 +102,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
         help="of activations and KV cache; bfloat16 on a GPU and float32 on a CPU if not given",
+    )
+    parser.add_argument(
+        "--prepack",
+        action=argparse.BooleanOptionalAction,
+        help="bring matrices into the layout that GPUs read fastest; on a GPU if not given",
     )
     return parser.parse_args(arguments)
 

@@ -15,7 +15,11 @@ MOE_NORM = {"qwen3moe": "ffn_norm", "gpt-oss": "post_attention_norm"}
 
 
 def load_transformer(
-    file: jax_moe.GGUFFile, *, dtype: str = "float32", device: jax.Device | None = None
+    file: jax_moe.GGUFFile,
+    *,
+    dtype: str = "float32",
+    device: jax.Device | None = None,
+    prepack: bool | None = None,
 ) -> Transformer:
     """Loads a Qwen3-MoE or gpt-oss model.
 
@@ -26,21 +30,28 @@ def load_transformer(
       file: an open model.
       dtype: "float32", "bfloat16" or "float16", of activations and of the KV cache.
       device: where to put the weights; JAX's default device if None.
+      prepack: whether matrices get the layout that GPUs read fastest, those of the experts and all
+        others but the embedding, of which rows are read; None: on a GPU.
 
     Raises:
       ValueError: the architecture is another one, a tensor is missing, or a layer cannot be run.
     """
-    return _Reader(file, dtype, device).transformer()
+    if prepack is None:
+        prepack = (jax.devices()[0] if device is None else device).platform == "gpu"
+    return _Reader(file, dtype, device, prepack).transformer()
 
 
 class _Reader:
-    def __init__(self, file: jax_moe.GGUFFile, dtype: str, device: jax.Device | None):
+    def __init__(
+        self, file: jax_moe.GGUFFile, dtype: str, device: jax.Device | None, prepack: bool
+    ):
         if file.architecture not in MOE_NORM:
             known = ", ".join(MOE_NORM)
             raise ValueError(f"architecture {file.architecture!r} is not one of {known}.")
         self.file = file
         self.dtype = dtype
         self.device = device
+        self.prepack = prepack
 
     def transformer(self) -> Transformer:
         num_layers = self.key("block_count")
@@ -51,7 +62,7 @@ class _Reader:
                 print(f"\rloaded layer {i + 1} of {num_layers}", end="", file=sys.stderr)
         if sys.stderr.isatty():
             print(file=sys.stderr)
-        embedding = self.linear("token_embd")
+        embedding = self.linear("token_embd", prepack=False)
         # A model without an output matrix uses the embedding's.
         tied = "output.weight" not in self.file.tensors
         return Transformer(
@@ -111,7 +122,7 @@ class _Reader:
         return self.key("attention.sliding_window") if windowed else None
 
     def layer(self, i: int) -> Layer:
-        moe, moe_config = self.file.load(i, self.device, progress=False)
+        moe, moe_config = self.file.load(i, self.device, prepack=self.prepack, progress=False)
         prefix = f"blk.{i}"
         return Layer(
             attention_norm=self.vector(f"{prefix}.attn_norm.weight"),
@@ -128,8 +139,13 @@ class _Reader:
             window=self.window(i),
         )
 
-    def linear(self, name: str) -> Linear:
-        weight = self.file.load_tensor(f"{name}.weight", self.device, progress=False)
+    def linear(self, name: str, prepack: bool | None = None) -> Linear:
+        weight = self.file.load_tensor(
+            f"{name}.weight",
+            self.device,
+            prepack=self.prepack if prepack is None else prepack,
+            progress=False,
+        )
         if not isinstance(weight, jax_moe.PackedExperts):
             weight = weight[None]
         return Linear(weight, self.optional(f"{name}.bias"))

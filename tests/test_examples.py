@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "tools")]
 
 import generate  # noqa: E402
 import make_random_gguf  # noqa: E402
+import measure  # noqa: E402
 from decoding import Generator, Sampling  # noqa: E402
 from transformer import forward, logits  # noqa: E402
 from weights import load_transformer  # noqa: E402
@@ -241,6 +242,9 @@ def test_generate_runs_a_packed_model(tmp_path, capsys, name, experts):
     assert len(tokens) == 9
     assert "prefill 3 tokens" in output.err and "decode 9 tokens" in output.err
 
+    generate.main([str(path), "--tokens", "5,6,7", "--max-tokens", "9", "--prepack"])
+    assert [int(token) for token in capsys.readouterr().out.split()] == tokens
+
     with pytest.raises(SystemExit, match="Token ids are from 0 to 511"):
         generate.main([str(path), "--tokens", "5,512"])
 
@@ -253,6 +257,31 @@ def test_generate_runs_a_packed_model(tmp_path, capsys, name, experts):
     )
     scores, _ = run(dense, np.array([5, 6, 7, *tokens[:-1]]), dense.new_cache(12), 0)
     np.testing.assert_array_equal(tokens, np.asarray(scores)[2:].argmax(1))
+
+
+def test_measure(tmp_path, capsys):
+    path = tmp_path / "random.gguf"
+    shape = dataclasses.replace(make_random_gguf.MODELS["qwen3-tiny"], layers=2)
+    make_random_gguf.write_model(path, shape)
+    small = ["--prompt-tokens", "9", "--max-tokens", "5", "--repeats", "1"]
+    for flag, layout in (("--prepack", "tiled"), ("--no-prepack", "GGUF's layout")):
+        measure.main([str(path), *small, flag])
+        lines = capsys.readouterr().out.splitlines()
+        assert layout in lines[0] and "GB/s" in lines[1] and "compile" in lines[2]
+        assert [line.split()[0] for line in lines[3:]] == ["prefill", "decode"]
+        assert all("tokens/s" in line and line.endswith("%") for line in lines[3:])
+
+
+def test_what_is_prepacked(tmp_path):
+    path = tmp_path / "random.gguf"
+    shape = dataclasses.replace(make_random_gguf.MODELS["qwen3-tiny"], layers=1)
+    make_random_gguf.write_model(path, shape)
+    model = load_transformer(jax_moe.GGUFFile(path), prepack=True)
+    (layer,) = model.layers
+    assert model.embedding.weight.layout is None
+    for linear in (layer.q, layer.k, layer.v, layer.o, model.output):
+        assert linear.weight.layout == "tiled"
+    assert layer.moe.experts.gate.layout == layer.moe.experts.down.layout == "tiled"
 
 
 def test_generate_prints_a_text(tmp_path, capsys, tokenizer_class):
