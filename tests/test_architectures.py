@@ -11,6 +11,7 @@ from llama_cpp_reference import BLOCKS
 
 from jax_moe import GGUFFile, moe_block
 from jax_moe._ffi import unusable
+from jax_moe._formats import FORMATS
 from jax_moe._gguf.architectures import ARCHITECTURES
 
 T = 5
@@ -83,4 +84,5 @@ def test_the_page_of_architectures_is_up_to_date():
     spec.loader.exec_module(page)
     text = page.PAGE.read_text()
     assert page.render(text) == text
-    assert all(f"`{name}`" in text for name in ARCHITECTURES)
+    assert all(f"<!-- table {name} -->" in text for name in page.TABLES)
+    assert all(f"| `{name}` |" in text for name in (*ARCHITECTURES, *FORMATS))
