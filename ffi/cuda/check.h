@@ -8,6 +8,7 @@
 #include <string>
 
 #include "ffi/cuda/gemm.h"
+#include "ffi/cuda/launch_early.h"
 #include "ffi/cuda/tiled_gemm.h"
 #include "ffi/plan/cuda.h"
 #include "ffi/shape_text.h"

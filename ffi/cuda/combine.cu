@@ -7,18 +7,36 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// kColumns of a pair's values.
+template <int kColumns>
+__device__ __forceinline__ void LoadValues(const CombineArgs& args, int64_t pair, int64_t column,
+                                           float (&value)[kColumns]) {
+  const int64_t at = pair * args.columns + column;
+  if (args.scaled_values == nullptr) {
+    for (int i = 0; i < kColumns; ++i) value[i] = args.values[at + i];
+  } else if constexpr (kColumns == 4) {
+    const uint2 bits = *reinterpret_cast<const uint2*>(args.scaled_values + at);
+    const float2 low = __half22float2(*reinterpret_cast<const half2*>(&bits.x));
+    const float2 high = __half22float2(*reinterpret_cast<const half2*>(&bits.y));
+    value[0] = low.x, value[1] = low.y, value[2] = high.x, value[3] = high.y;
+  } else {
+    for (int i = 0; i < kColumns; ++i) value[i] = __half2float(args.scaled_values[at + i]);
+  }
+}
+
+template <int kColumns>
 __global__ void __launch_bounds__(kThreads)
     Combine(const __grid_constant__ CombineArgs args, int64_t blocks_a_token) {
   const int64_t token = blockIdx.x / blocks_a_token;
-  const int64_t column = blockIdx.x % blocks_a_token * kThreads + threadIdx.x;
+  const int64_t column = (blockIdx.x % blocks_a_token * kThreads + threadIdx.x) * kColumns;
   if (column >= args.columns) return;
   const Projection& p = args.projection;
   // Slots are read several at a time and added one after another.
   constexpr int kBatch = 8;
-  float sum = 0;
+  float sum[kColumns] = {};
   for (int first = 0; first < args.top_k; first += kBatch) {
     int expert[kBatch];
-    float value[kBatch], scale[kBatch], bias[kBatch], weight[kBatch];
+    float value[kBatch][kColumns], scale[kBatch], weight[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int64_t pair = token * args.top_k + first + i;
@@ -29,17 +47,25 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kBatch; ++i) {
       if (expert[i] < 0) continue;
       const int64_t pair = token * args.top_k + first + i;
-      value[i] = args.values[pair * args.columns + column];
+      LoadValues(args, pair, column, value[i]);
       scale[i] = p.scale == nullptr ? 1.0f : p.scale[expert[i]];
-      bias[i] = p.bias == nullptr ? 0.0f : p.bias[expert[i] * p.bias_pitch + column];
+      if (args.scaled_values != nullptr) scale[i] *= args.scales[pair];
       weight[i] = args.weights == nullptr ? 1.0f : args.weights[pair];
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (expert[i] >= 0) sum += (value[i] * scale[i] + bias[i]) * weight[i];
+      if (expert[i] < 0) continue;
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        const float bias =
+            p.bias == nullptr ? 0.0f : p.bias[expert[i] * p.bias_pitch + column + c];
+        sum[c] += (value[i][c] * scale[i] + bias) * weight[i];
+      }
     }
   }
-  Store(args.y, token * args.columns + column, args.y_type, sum);
+  for (int c = 0; c < kColumns; ++c) {
+    Store(args.y, token * args.columns + column + c, args.y_type, sum[c]);
+  }
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -54,10 +80,15 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t LaunchCombine(const CombineArgs& args, cudaStream_t stream) {
-  const int64_t blocks_a_token = (args.columns + kThreads - 1) / kThreads;
   if (args.tokens == 0) return cudaSuccess;
-  Combine<<<static_cast<unsigned>(args.tokens * blocks_a_token), kThreads, 0, stream>>>(
-      args, blocks_a_token);
+  const int columns = args.columns % 4 == 0 ? 4 : 1;
+  const int64_t blocks_a_token = (args.columns + kThreads * columns - 1) / (kThreads * columns);
+  const unsigned blocks = static_cast<unsigned>(args.tokens * blocks_a_token);
+  if (columns == 4) {
+    Combine<4><<<blocks, kThreads, 0, stream>>>(args, blocks_a_token);
+  } else {
+    Combine<1><<<blocks, kThreads, 0, stream>>>(args, blocks_a_token);
+  }
   return cudaGetLastError();
 }
 

@@ -1,6 +1,7 @@
 // From rows of pairs to rows of tokens.
 #pragma once
 
+#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
@@ -14,6 +15,8 @@ namespace jax_moe::cuda {
 // top_k + s and e its expert; slots without an expert add nothing.
 struct CombineArgs {
   const float* values;        // [tokens * top_k, columns]
+  const half* scaled_values;  // in place of the above, each row times scales
+  const float* scales;        // [tokens * top_k]
   const int32_t* expert_ids;  // [tokens, top_k]
   const float* weights;       // [tokens, top_k]; null: 1
   Projection projection;

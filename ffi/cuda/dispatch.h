@@ -33,6 +33,9 @@ int64_t SortCounts(int64_t pairs, int64_t experts);
 // Upper bound of the number of tiles.
 int64_t MaxTiles(int64_t pairs, int64_t experts, int64_t tile_tokens);
 
+// Whether a single block does the sort.
+bool SortsInOneBlock(int64_t pairs, int64_t experts);
+
 cudaError_t LaunchSort(const SortArgs& args, cudaStream_t stream);
 
 // The entry that decides each pair: of all i with sorted_token_ids[i] = p the last one. Writes

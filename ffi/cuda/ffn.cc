@@ -1,16 +1,17 @@
 #include "ffi/cuda/ffn.h"
 
+#include <cmath>
+
 #include "ffi/cuda/combine.h"
 
 namespace jax_moe::cuda {
 namespace {
 
 // Sorts the pairs and cuts them into tiles of `tile_tokens`.
-cudaError_t MakeLists(const Ffn& ffn, int tile_tokens, cudaStream_t stream) {
-  return LaunchSort({ffn.expert_ids, ffn.pairs, ffn.experts, ffn.Ints(ffn.layout.pairs), nullptr,
-                     ffn.Ints(ffn.layout.offsets), ffn.Ints(ffn.layout.counts), ffn.Tiles(),
-                     ffn.Ints(ffn.layout.num_tiles), tile_tokens},
-                    stream);
+SortArgs ListsOf(const Ffn& ffn, int tile_tokens) {
+  return {ffn.expert_ids, ffn.pairs, ffn.experts, ffn.Ints(ffn.layout.pairs), nullptr,
+          ffn.Ints(ffn.layout.offsets), ffn.Ints(ffn.layout.counts), ffn.Tiles(),
+          ffn.Ints(ffn.layout.num_tiles), tile_tokens};
 }
 
 // How activations of this type are prepared for a weight, in `memory`.
@@ -85,20 +86,36 @@ class Products {
     return LaunchGemm(kernel, args, stream_);
   }
 
-  // Gate and up, both tiled alike, and the activation: h, prepared for a tiled down projection.
+  // The down projection with the wide kernels: scaled f16 values, half of the bytes of float32.
+  cudaError_t RunScaled(const Weight& down, const PreparedRows& h, half* y, float* y_scales) {
+    return RunTiled(down, h, /*pairs_a_row=*/1, reinterpret_cast<float*>(y), ffn_.d_model, y_scales);
+  }
+
+  // x prepared, gate and up, both tiled alike, and the activation: h, prepared for a tiled down
+  // projection.
   cudaError_t RunActivated(const Weight* gate, const Weight& up, const PreparedRows& x,
                            const PreparedRows& h) {
     const TiledKernel& kernel = ChooseTiledKernel(up, ffn_.TiledTile());
     Lists lists = {};
+    std::optional<SortArgs> sort;
+    cudaError_t status = cudaSuccess;
     if (FewPairs(ffn_)) {
       lists.expert_ids = ffn_.expert_ids;
       lists.experts = ffn_.experts;
       lists.max_tiles = ffn_.pairs;
     } else {
-      const cudaError_t status = UseTiles(kernel.tile_tokens);
-      if (status != cudaSuccess) return status;
+      if (SortsInOneBlock(ffn_.pairs, ffn_.experts)) {
+        tile_tokens_ = kernel.tile_tokens;
+        sort = ListsOf(ffn_, tile_tokens_);
+      } else {
+        status = UseTiles(kernel.tile_tokens);
+      }
       lists = CurrentLists();
     }
+    if (status == cudaSuccess) {
+      status = LaunchPrepare(ffn_.x, ffn_.type, x, stream_, sort ? &*sort : nullptr);
+    }
+    if (status != cudaSuccess) return status;
     TiledArgs args = TiledProduct(up, ViewPrepared(x), ffn_.top_k, lists);
     args.matrix[1] = args.matrix[0];
     if (gate != nullptr) args.matrix[0].data = gate->data, args.matrix[0].aux = gate->aux;
@@ -127,7 +144,7 @@ class Products {
   cudaError_t UseTiles(int tile_tokens) {
     if (tile_tokens == tile_tokens_) return cudaSuccess;
     tile_tokens_ = tile_tokens;
-    return MakeLists(ffn_, tile_tokens, stream_);
+    return LaunchSort(ListsOf(ffn_, tile_tokens), stream_);
   }
 
   Lists CurrentLists() const {
@@ -136,14 +153,15 @@ class Products {
   }
 
   cudaError_t RunTiled(const Weight& weight, const PreparedRows& x, int32_t pairs_a_row, float* y,
-                       int64_t y_pitch) {
+                       int64_t y_pitch, float* y_scales = nullptr) {
     const TiledKernel& kernel = ChooseTiledKernel(weight, ffn_.TiledTile());
     const cudaError_t status = UseTiles(kernel.tile_tokens);
     if (status != cudaSuccess) return status;
     TiledArgs args = TiledProduct(weight, ViewPrepared(x), pairs_a_row, CurrentLists());
     args.y = y;
     args.y_pitch = y_pitch;
-    args.y_type = Element::kF32;
+    args.y_type = y_scales == nullptr ? Element::kF32 : Element::kF16;
+    args.y_scales = y_scales;
     return LaunchTiled(kernel, args, stream_);
   }
 
@@ -157,11 +175,13 @@ bool SameKind(const Weight& a, const Weight& b) {
 }
 
 // Whether gate, up and the activation are one launch: h then comes out as a tiled down projection
-// reads it. Rounding h to q8_1 needs its rows first.
+// reads it. Rounding h to q8_1 needs its rows first, and so does scaling h where nothing bounds it.
 bool Fuses(const Ffn& ffn) {
   const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
+  const bool bounded = ffn.activation == Activation::kSwigluOai && std::isfinite(ffn.limit);
   return up.tiled && ffn.down.tiled && ffn.variant != Variant::kScalarGguf &&
-         (!ffn.gate || !ffn.up || SameKind(*ffn.gate, up)) && ffn.d_expert % 16 == 0;
+         (!ffn.gate || !ffn.up || SameKind(*ffn.gate, up)) && ffn.d_expert % 16 == 0 &&
+         (bounded || (ffn.gate_projection.bias == nullptr && ffn.up_projection.bias == nullptr));
 }
 
 // gate and up: values [pairs, columns], gate's columns first.
@@ -197,10 +217,7 @@ cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream) {
     const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
     const PreparedRows x =
         PrepareFor(ffn, up, ffn.type, ffn.tokens, ffn.d_model, ffn.memory + ffn.layout.x);
-    status = LaunchPrepare(ffn.x, ffn.type, x, stream);
-    if (status == cudaSuccess) {
-      status = products.RunActivated(gated && !ffn.merged ? &*ffn.gate : nullptr, up, x, h);
-    }
+    status = products.RunActivated(gated && !ffn.merged ? &*ffn.gate : nullptr, up, x, h);
     if (status == cudaSuccess && FewPairs(ffn)) return RunDown(ffn, h, stream);
   } else {
     status = RunGateAndUp(ffn, columns, products, stream);
@@ -214,12 +231,28 @@ cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream) {
   }
   if (status != cudaSuccess) return status;
   // gate and up have been read: down takes their place.
-  status = products.Run(ffn.down, nullptr, h, /*pairs_a_row=*/1, ffn.Values(), ffn.d_model);
+  CombineArgs combine = {};
+  if (ffn.down.tiled && ffn.TiledTile() != plan::CudaTiledTile::kNarrow) {
+    auto* values = reinterpret_cast<half*>(ffn.Values());
+    auto* scales = reinterpret_cast<float*>(values + (ffn.pairs * ffn.d_model + 1) / 2 * 2);
+    combine.scaled_values = values;
+    combine.scales = scales;
+    status = products.RunScaled(ffn.down, h, values, scales);
+  } else {
+    combine.values = ffn.Values();
+    status = products.Run(ffn.down, nullptr, h, /*pairs_a_row=*/1, ffn.Values(), ffn.d_model);
+  }
   if (status != cudaSuccess) return status;
-  return LaunchCombine(
-      {ffn.Values(), ffn.expert_ids, ffn.weights_before ? nullptr : ffn.weights,
-       ffn.down_projection, ffn.tokens, ffn.d_model, ffn.top_k, ffn.experts, ffn.y, ffn.type},
-      stream);
+  combine.expert_ids = ffn.expert_ids;
+  combine.weights = ffn.weights_before ? nullptr : ffn.weights;
+  combine.projection = ffn.down_projection;
+  combine.tokens = ffn.tokens;
+  combine.columns = ffn.d_model;
+  combine.top_k = ffn.top_k;
+  combine.experts = ffn.experts;
+  combine.y = ffn.y;
+  combine.y_type = ffn.type;
+  return LaunchCombine(combine, stream);
 }
 
 }  // namespace jax_moe::cuda

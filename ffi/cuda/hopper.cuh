@@ -105,7 +105,7 @@ __device__ __forceinline__ uint64_t SwizzledOperand(const void* p) {
 
 // D [64, N] += A [64, 16] B [16, N] in f16 with float32 sums. A is in registers: warp w of the
 // warpgroup holds rows 16 w .. 16 w + 15 as for mma.m16n8k16. Of D a lane holds, for every 8 columns,
-// what it holds of mma's 16 x 8 tile.
+// what it holds of mma's 16 x 8 tile; a tile may be longer than the N in use.
 template <int kColumns>
 struct WarpgroupF16;
 
@@ -114,10 +114,10 @@ struct WarpgroupF16;
 
 template <>
 struct WarpgroupF16<16> {
-  static __device__ __forceinline__ void Multiply(float (&d)[8], const uint32_t (&a)[4],
-                                                  uint64_t b) {
+  static __device__ __forceinline__ void Multiply(float* d, const uint32_t (&a)[4], uint64_t b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7}, "
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7}, "
         "{%8,%9,%10,%11}, %12, 1, 1, 1, 0;"
         : JM_D4(d, 0), JM_D4(d, 4)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
@@ -126,11 +126,11 @@ struct WarpgroupF16<16> {
 
 template <>
 struct WarpgroupF16<32> {
-  static __device__ __forceinline__ void Multiply(float (&d)[16], const uint32_t (&a)[4],
-                                                  uint64_t b) {
+  static __device__ __forceinline__ void Multiply(float* d, const uint32_t (&a)[4], uint64_t b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,"
-        "%12,%13,%14,%15}, {%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+        "{%16,%17,%18,%19}, %20, 1, 1, 1, 0;"
         : JM_D16(d, 0)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
@@ -138,11 +138,11 @@ struct WarpgroupF16<32> {
 
 template <>
 struct WarpgroupF16<64> {
-  static __device__ __forceinline__ void Multiply(float (&d)[32], const uint32_t (&a)[4],
-                                                  uint64_t b) {
+  static __device__ __forceinline__ void Multiply(float* d, const uint32_t (&a)[4], uint64_t b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,"
-        "%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,"
+        "%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
         "{%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
         : JM_D16(d, 0), JM_D16(d, 16)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
@@ -150,14 +150,29 @@ struct WarpgroupF16<64> {
 };
 
 template <>
-struct WarpgroupF16<128> {
-  static __device__ __forceinline__ void Multiply(float (&d)[64], const uint32_t (&a)[4],
-                                                  uint64_t b) {
+struct WarpgroupF16<96> {
+  static __device__ __forceinline__ void Multiply(float* d, const uint32_t (&a)[4], uint64_t b) {
     asm volatile(
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,"
-        "%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,"
-        "%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,"
-        "%56,%57,%58,%59,%60,%61,%62,%63}, {%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
+        "wgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,"
+        "%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,"
+        "%39,%40,%41,%42,%43,%44,%45,%46,%47}, "
+        "{%48,%49,%50,%51}, %52, 1, 1, 1, 0;"
+        : JM_D16(d, 0), JM_D16(d, 16), JM_D16(d, 32)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WarpgroupF16<128> {
+  static __device__ __forceinline__ void Multiply(float* d, const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,"
+        "%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,"
+        "%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,"
+        "%57,%58,%59,%60,%61,%62,%63}, "
+        "{%64,%65,%66,%67}, %68, 1, 1, 1, 0;"
         : JM_D16(d, 0), JM_D16(d, 16), JM_D16(d, 32), JM_D16(d, 48)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }

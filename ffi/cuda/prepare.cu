@@ -1,13 +1,15 @@
 #include "ffi/cuda/prepare.h"
 
 #include "ffi/cuda/hopper.cuh"
+#include "ffi/cuda/launch_early.h"
 #include "ffi/cuda/row_layouts.cuh"
 #include "ffi/cuda/row_sources.cuh"
+#include "ffi/cuda/sort_block.cuh"
 
 namespace jax_moe::cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = kSortThreads;
 
 // The largest magnitude of a row, NaN where it holds one.
 __device__ float RowMax(float value) {
@@ -37,13 +39,10 @@ __device__ int RowExponent(float max) {
   return min(14 - ilogbf(max), 126);
 }
 
-// One block a row.
+// By one block.
 template <typename Rows>
-__global__ void __launch_bounds__(kThreads)
-    Prepare(const __grid_constant__ Rows rows, Activations to, Layout layout, int64_t columns,
-            bool rounds) {
-  LetNextKernelStart();
-  const int64_t row = blockIdx.x;
+__device__ __forceinline__ void PrepareRow(const Rows& rows, const Activations& to, Layout layout,
+                                           int64_t columns, bool rounds, int64_t row) {
   if (!rows.Has(row)) return;
   const bool scaled =
       layout == Layout::kF16Lanes || layout == Layout::kF16 || IsTiled(layout);
@@ -89,26 +88,53 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// One block a row.
 template <typename Rows>
-cudaError_t Launch(const Rows& rows, const PreparedRows& to, cudaStream_t stream) {
+__global__ void __launch_bounds__(kThreads)
+    Prepare(const __grid_constant__ Rows rows, Activations to, Layout layout, int64_t columns,
+            bool rounds) {
+  WaitForEarlierKernels();
+  LetNextKernelStart();
+  PrepareRow(rows, to, layout, columns, rounds, blockIdx.x);
+}
+
+// One block a row, after one that sorts.
+template <typename Rows>
+__global__ void __launch_bounds__(kThreads)
+    SortAndPrepare(const __grid_constant__ SortArgs sort, const __grid_constant__ Rows rows,
+                   Activations to, Layout layout, int64_t columns, bool rounds) {
+  extern __shared__ int32_t counts[];
+  WaitForEarlierKernels();
+  LetNextKernelStart();
+  if (blockIdx.x == 0) return SortInBlock(sort, counts);
+  PrepareRow(rows, to, layout, columns, rounds, blockIdx.x - 1);
+}
+
+template <typename Rows>
+cudaError_t Launch(const Rows& rows, const PreparedRows& to, cudaStream_t stream,
+                   const SortArgs* sort = nullptr) {
   if (to.rows == 0) return cudaSuccess;
-  Prepare<<<static_cast<unsigned>(to.rows), kThreads, 0, stream>>>(rows, ViewPrepared(to),
-                                                                   to.layout, to.columns, to.rounds);
-  return cudaGetLastError();
+  const unsigned blocks = static_cast<unsigned>(to.rows);
+  if (sort == nullptr) {
+    return LaunchEarly(Prepare<Rows>, blocks, kThreads, 0, stream, rows, ViewPrepared(to), to.layout,
+                       to.columns, to.rounds);
+  }
+  return LaunchEarly(SortAndPrepare<Rows>, blocks + 1, kThreads, SortSharedBytes(*sort), stream,
+                     *sort, rows, ViewPrepared(to), to.layout, to.columns, to.rounds);
 }
 
 }  // namespace
 
 cudaError_t LaunchPrepare(const void* x, Element x_type, const PreparedRows& to,
-                          cudaStream_t stream) {
+                          cudaStream_t stream, const SortArgs* sort) {
   switch (x_type) {
     case Element::kF32:
-      return Launch(Dense<float>{static_cast<const float*>(x), to.columns}, to, stream);
+      return Launch(Dense<float>{static_cast<const float*>(x), to.columns}, to, stream, sort);
     case Element::kF16:
-      return Launch(Dense<half>{static_cast<const half*>(x), to.columns}, to, stream);
+      return Launch(Dense<half>{static_cast<const half*>(x), to.columns}, to, stream, sort);
     case Element::kBF16:
       return Launch(Dense<__nv_bfloat16>{static_cast<const __nv_bfloat16*>(x), to.columns}, to,
-                    stream);
+                    stream, sort);
   }
   return cudaErrorInvalidValue;
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "ffi/cuda/dispatch.h"
 #include "ffi/cuda/gemm.h"
 #include "ffi/targets.h"
 
@@ -43,9 +44,9 @@ inline Activations ViewPrepared(const PreparedRows& to) {
   return {to.memory, scales, sums, pitch, scales + to.rows};
 }
 
-// Prepares x [rows, columns].
+// Prepares x [rows, columns]. In the same launch, does a sort that takes one segment (dispatch.h).
 cudaError_t LaunchPrepare(const void* x, Element x_type, const PreparedRows& to,
-                          cudaStream_t stream);
+                          cudaStream_t stream, const SortArgs* sort = nullptr);
 
 // The result of a projection of expert e is value * scale[e] + bias[e, column]; null: 1 and 0.
 struct Projection {

@@ -12,40 +12,34 @@ namespace jax_moe::cuda {
 
 __device__ __forceinline__ float MaxWithNan(float a, float b) { return a > b || a != a ? a : b; }
 
-// Eight values of a row that stand next to each other in the layout, from runs of consecutive
-// columns: pairs in Layout::kF16Wide, else fours. In lane order, lane t of a quad has columns
-// 4t .. 4t + 3 and 16 + 4t .. 16 + 4t + 3 of every 32.
+// Eight values of a row. In lane order, lane t of a quad has columns 4t .. 4t + 3 and
+// 16 + 4t .. 16 + 4t + 3 of every 32; in the other layouts eight consecutive columns are read.
 struct Group {
   int64_t index;
   bool inside;  // false: past the end of the row; takes part in exchanges only
   Layout layout;
   float v[8];
 
-  __device__ bool Lanes() const {
-    return layout == Layout::kF16Lanes || layout == Layout::kS8Lanes;
+  // Where the group is written: in the tiled layouts, whose chunks are 16 groups, lane t of unit t.
+  __device__ int64_t Place() const {
+    return IsTiled(layout) ? index / 16 * 16 + index % 4 * 4 + index % 16 / 4 : index;
   }
-  // The column of v[i].
-  __device__ int64_t Column(int i) const {
-    if (Lanes()) return index / 4 * 32 + index % 4 * 4 + i / 4 * 16 + i % 4;
-    const int64_t chunk = index / 16 * 128;
-    if (layout == Layout::kF16Narrow) return chunk + index % 4 * 32 + index % 16 / 4 * 8 + i;
-    if (layout == Layout::kF16Wide)
-      return chunk + i / 2 * 32 + index % 16 / 2 * 4 + index % 2 * 2 + i % 2;
-    return index * 8 + i;
+  // The columns of v[0 .. 3] and v[4 .. 7] begin here.
+  __device__ int64_t Column(int half) const {
+    if (layout != Layout::kF16Lanes && layout != Layout::kS8Lanes) return index * 8 + half * 4;
+    return index / 4 * 32 + index % 4 * 4 + half * 16;
   }
   template <typename Rows>
   __device__ void Load(const Rows& rows, int64_t row, int64_t columns) {
-    const bool fours = inside && columns % 4 == 0 && layout != Layout::kF16Wide;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      const int64_t column = Column(half);
       Four four = {};
-      if (fours) {
-        if (Column(4 * half) < columns) four = rows.At4(row, Column(4 * half));
+      if (inside && columns % 4 == 0) {
+        if (column < columns) four = rows.At4(row, column);
       } else if (inside) {
-        for (int i = 0; i < 4; ++i) {
-          const int64_t column = Column(4 * half + i);
-          four.v[i] = column < columns ? rows.At(row, column) : 0.0f;
-        }
+        for (int i = 0; i < 4; ++i)
+          four.v[i] = column + i < columns ? rows.At(row, column + i) : 0.0f;
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[4 * half + i] = four.v[i];
@@ -56,21 +50,13 @@ struct Group {
     for (const float x : v) max = MaxWithNan(fabsf(x), max);
     return max;
   }
-  // In the tiled layouts, whose chunks of 128 columns are 16 consecutive groups: every 32 columns to
-  // multiples of a 127th of their largest magnitude.
+  // In the tiled layouts: every 32 columns to multiples of a 127th of their largest magnitude.
   __device__ void RoundToQ8() {
-    const bool pairs = layout == Layout::kF16Wide;
-#pragma unroll
-    for (int first = 0; first < 8; first += 2) {
-      float max = pairs ? MaxWithNan(fabsf(v[first]), fabsf(v[first + 1])) : Max();
-      for (int d = pairs ? 1 : 4; d < 16; d *= 2) {
-        max = MaxWithNan(__shfl_xor_sync(0xffffffffu, max, d), max);
-      }
-      const float scale = max / 127.0f;
-      if (!(scale > 0 && scale < INFINITY)) continue;
-      for (int i = first; i < (pairs ? first + 2 : 8); ++i) v[i] = roundf(v[i] / scale) * scale;
-      if (!pairs) break;
-    }
+    float max = Max();
+    for (int d = 1; d < 4; d *= 2) max = MaxWithNan(__shfl_xor_sync(0xffffffffu, max, d), max);
+    const float scale = max / 127.0f;
+    if (!(scale > 0 && scale < INFINITY)) return;
+    for (float& x : v) x = roundf(x / scale) * scale;
   }
   // Of the values times `factor`; finite where these are at most 2^15.
   __device__ float Squares(float factor) const {
@@ -99,12 +85,39 @@ struct OutRow {
   uint32_t* sums;
 };
 
+// The same group of the four units of a chunk is in lanes 4 apart. Of pair i of each, lane i gets all
+// four: the 8 columns that a tensor core's product takes from the units.
+__device__ __forceinline__ uint4 TransposeUnits(uint4 own) {
+  const int unit = threadIdx.x % 16 / 4;
+  // First halves of two words change places between units 2 apart, then single words between units 1
+  // apart.
+  const bool high = unit & 2, odd = unit & 1;
+  uint32_t a = high ? own.x : own.z, b = high ? own.y : own.w;
+  a = __shfl_xor_sync(0xffffffffu, a, 8);
+  b = __shfl_xor_sync(0xffffffffu, b, 8);
+  if (high) {
+    own.x = a, own.y = b;
+  } else {
+    own.z = a, own.w = b;
+  }
+  a = odd ? own.x : own.y;
+  b = odd ? own.z : own.w;
+  a = __shfl_xor_sync(0xffffffffu, a, 4);
+  b = __shfl_xor_sync(0xffffffffu, b, 4);
+  if (odd) {
+    own.x = a, own.z = b;
+  } else {
+    own.y = a, own.w = b;
+  }
+  return own;
+}
+
 __device__ __forceinline__ void WriteHalves(const OutRow& out, const Group& group, float factor) {
   const float (&v)[8] = group.v;
-  const uint4 packed = {
-      PackHalves(v[0] * factor, v[1] * factor), PackHalves(v[2] * factor, v[3] * factor),
-      PackHalves(v[4] * factor, v[5] * factor), PackHalves(v[6] * factor, v[7] * factor)};
-  if (group.inside) reinterpret_cast<uint4*>(out.values)[group.index] = packed;
+  uint4 packed = {PackHalves(v[0] * factor, v[1] * factor), PackHalves(v[2] * factor, v[3] * factor),
+                  PackHalves(v[4] * factor, v[5] * factor), PackHalves(v[6] * factor, v[7] * factor)};
+  if (out.layout == Layout::kF16Wide) packed = TransposeUnits(packed);
+  if (group.inside) reinterpret_cast<uint4*>(out.values)[group.Place()] = packed;
   if (out.layout != Layout::kF16Lanes) return;
   float2 sum = {SumHalves(packed.x) + SumHalves(packed.y),
                 SumHalves(packed.z) + SumHalves(packed.w)};

@@ -22,6 +22,23 @@ __device__ __forceinline__ void Store(void* y, int64_t index, Element type, floa
   }
 }
 
+// To an even index.
+__device__ __forceinline__ void StoreTwo(void* y, int64_t index, Element type, float first,
+                                         float second) {
+  switch (type) {
+    case Element::kF32:
+      *reinterpret_cast<float2*>(static_cast<float*>(y) + index) = {first, second};
+      break;
+    case Element::kF16:
+      *reinterpret_cast<half2*>(static_cast<half*>(y) + index) = __floats2half2_rn(first, second);
+      break;
+    case Element::kBF16:
+      *reinterpret_cast<__nv_bfloat162*>(static_cast<__nv_bfloat16*>(y) + index) =
+          __floats2bfloat162_rn(first, second);
+      break;
+  }
+}
+
 // This block's tile; false where there is none. The grid has room for as many tiles as there can
 // be.
 __device__ __forceinline__ bool FindTile(const Lists& lists, TokenTile* tile) {

@@ -13,42 +13,29 @@ template <typename Format>
 struct TiledDownShape {
   using Narrow = TiledNarrowShape<Format>;
   static constexpr int kPairs = 32;
-  static constexpr int kTeams = 2;  // of kSplits warps
+  static constexpr int kWarps = 8;
+  static constexpr int kSplits = 4;
+  static constexpr int kTeams = kWarps / kSplits;
 
   struct alignas(16) Memory {
-    uint8_t ring[Narrow::kWarps][Narrow::kStages][Narrow::kStageBytes];
-    uint64_t full[Narrow::kWarps][Narrow::kStages];
-    float sums[kPairs][Narrow::kSplits][Narrow::kRows + 1];
-    int32_t first[Narrow::kWarps][kPairs];  // pair of every tile
-    int32_t expert[Narrow::kWarps][kPairs];
-    int32_t pair[Narrow::kWarps][Narrow::kTokens];
+    uint8_t ring[kWarps][Narrow::kStages][Narrow::kStageBytes];
+    uint64_t full[kWarps][Narrow::kStages];
+    float sums[kPairs][kSplits][Narrow::kRows + 1];
+    int32_t first[kWarps][kPairs];  // pair of every tile
+    int32_t expert[kWarps][kPairs];
+    int32_t pair[kWarps][Narrow::kTokens];
   };
 };
 
-// The steps of a warp's tiles, one after another.
 template <typename Format>
-struct PartOfTiles {
-  const TiledMatrix& matrix;
-  const int32_t* expert;
-  int64_t band_offset;
-  int columns, split, team, steps, tiles;
-  __device__ __forceinline__ Span16 operator()(int n) const {
-    const int tile = steps == 0 ? tiles : team + TiledDownShape<Format>::kTeams * (n / steps);
-    if (tile >= tiles) return {nullptr, 0};
-    return StepSpan<Format>(matrix.data + expert[tile] * matrix.expert_bytes + band_offset,
-                            StepColumn<Format>(n % steps, split), columns);
-  }
-};
-
-template <typename Format>
-__global__ void __launch_bounds__(32 * TiledNarrowShape<Format>::kWarps, 3)
+__global__ void __launch_bounds__(32 * TiledDownShape<Format>::kWarps, 2)
     TiledDown(const __grid_constant__ TiledDownArgs args) {
   using Down = TiledDownShape<Format>;
   using Shape = TiledNarrowShape<Format>;
   extern __shared__ __align__(128) uint8_t shared[];
   auto& memory = *reinterpret_cast<typename Down::Memory*>(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int team = warp / Shape::kSplits, split = warp % Shape::kSplits;
+  const int team = warp / Down::kSplits, split = warp % Down::kSplits;
   LetNextKernelStart();
   // Tiles from the ids, which are older than the kernel before this one.
   const int pairs = args.tokens * args.top_k;
@@ -65,17 +52,36 @@ __global__ void __launch_bounds__(32 * TiledNarrowShape<Format>::kWarps, 3)
   }
   __syncwarp();
   const int tiles = __popc(beginnings);
-  int steps = 0;
-  while (StepColumn<Format>(steps, split) < args.columns) ++steps;
 
-  const int row0 = blockIdx.x * Shape::kRows;
-  BandStream<Format, PartOfTiles<Format>> stream(
-      memory.ring[warp], memory.full[warp],
-      {args.matrix, memory.expert[warp], row0 * args.row_bytes, args.columns, split, team, steps,
-       tiles});
-  stream.Start();
+  const int row0 = blockIdx.x * Shape::kRows, stride = Down::kSplits * Shape::kStep;
+  WarpRing<Format> ring(memory.ring[warp], memory.full[warp]);
+  // The steps of the team's tiles, one after another.
+  const int band_bytes = TiledRow<Format>::BandBytes(args.columns);
+  const int first_at = split * Shape::kStageBytes;
+  int fetch_tile = first_at < band_bytes ? team : tiles, fetch_at = first_at;
+  const auto fetch_ahead = [&] {
+    while (ring.HasPlace() && fetch_tile < tiles) {
+      const uint8_t* band = args.matrix.data +
+                            memory.expert[warp][fetch_tile] * args.matrix.expert_bytes +
+                            row0 * args.row_bytes;
+      ring.Fetch({band + fetch_at, min(Shape::kStageBytes, band_bytes - fetch_at)});
+      fetch_at += Down::kSplits * Shape::kStageBytes;
+      if (fetch_at >= band_bytes) {
+        fetch_at = first_at;
+        fetch_tile += Down::kTeams;
+      }
+    }
+  };
+  fetch_ahead();
+  // Normalisers of rows g and g + 8, a tile ahead.
+  const auto aux_of = [&](int tile) {
+    if (tile >= tiles) return make_float2(1.0f, 1.0f);
+    const float* aux = args.matrix.aux +
+                       (memory.expert[warp][tile] * args.matrix.expert_rows + row0 + g) * 2;
+    return make_float2(aux[0], aux[16]);
+  };
+  float2 next = aux_of(team);
   WaitForEarlierKernels();
-  int n = 0;
   for (int tile = team; tile < tiles; tile += Down::kTeams) {
     const int first = memory.first[warp][tile];
     const unsigned members = __shfl_sync(0xffffffffu, same, first);
@@ -86,18 +92,21 @@ __global__ void __launch_bounds__(32 * TiledNarrowShape<Format>::kWarps, 3)
     __syncwarp();
     const half* x_row = nullptr;
     if (g < count) x_row = args.h + memory.pair[warp][g] * args.h_pitch;
-    const float* aux =
-        args.matrix.aux + (memory.expert[warp][tile] * args.matrix.expert_rows + row0) * 2;
-    const float normaliser[2] = {0x1p24f / aux[2 * g], 0x1p24f / aux[2 * (g + 8)]};
-    float sum[4] = {};
-    for (int step = 0; step < steps; ++step, ++n) {
-      MultiplyStep<Format>(stream, n, x_row, StepColumn<Format>(step, split), args.columns,
-                           normaliser, sum);
+    const float normaliser[2] = {next.x, next.y};
+    next = aux_of(tile + Down::kTeams);
+    const float factors[2] = {0x1p24f / normaliser[0], 0x1p24f / normaliser[1]};
+    float sum[2][4] = {};
+    for (int column = split * Shape::kStep; column < args.columns; column += stride) {
+      MultiplyStep<Format>(ring, x_row, column, args.columns, factors, sum);
+      fetch_ahead();
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int token = 2 * t + i % 2;
-      if (token < count) memory.sums[memory.pair[warp][token]][split][g + 8 * (i / 2)] = sum[i];
+      if (token < count) {
+        memory.sums[memory.pair[warp][token]][split][g + 8 * (i / 2)] =
+            (sum[0][i] + sum[1][i]) * normaliser[i / 2];
+      }
     }
     __syncwarp();
   }
@@ -106,15 +115,14 @@ __global__ void __launch_bounds__(32 * TiledNarrowShape<Format>::kWarps, 3)
   const int row = threadIdx.x % Shape::kRows;
   const Projection& p = args.projection;
   for (int token = threadIdx.x / Shape::kRows; token < args.tokens;
-       token += 32 * Shape::kWarps / Shape::kRows) {
+       token += 32 * Down::kWarps / Shape::kRows) {
     float y = 0;
     for (int slot = 0; slot < args.top_k; ++slot) {
       const int pair = token * args.top_k + slot, expert = args.expert_ids[pair];
       if (expert < 0 || expert >= args.experts) continue;
       float value = 0;
 #pragma unroll
-      for (int s = 0; s < Shape::kSplits; ++s) value += memory.sums[pair][s][row];
-      value *= args.matrix.aux[(expert * args.matrix.expert_rows + row0 + row) * 2];
+      for (int s = 0; s < Down::kSplits; ++s) value += memory.sums[pair][s][row];
       value = FinishProjection(p, value * args.h_scales[pair], expert, row0 + row);
       y += args.weights == nullptr ? value : value * args.weights[pair];
     }

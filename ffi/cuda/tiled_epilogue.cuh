@@ -23,31 +23,6 @@ __device__ __forceinline__ float PairFactor(const TiledArgs& args, int pair) {
   return weight * args.x.scales[pair / args.pairs_a_row];
 }
 
-// The threads that work together on a tile's factors, and how they wait for each other.
-struct WholeBlock {
-  __device__ static int Thread() { return threadIdx.x; }
-  __device__ static int Threads() { return blockDim.x; }
-  __device__ static void Sync() { __syncthreads(); }
-};
-
-// The largest magnitude of an expert's biases, by all of `Team`; 0 without biases.
-template <typename Team>
-__device__ __forceinline__ float LargestBias(const Projection& projection, int expert, int rows,
-                                             float* memory) {
-  if (projection.bias == nullptr) return 0.0f;
-  float largest = 0;
-  for (int i = Team::Thread(); i < rows; i += Team::Threads()) {
-    largest = fmaxf(largest, fabsf(projection.bias[expert * projection.bias_pitch + i]));
-  }
-  for (int d = 16; d > 0; d /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, d));
-  if (Team::Thread() % 32 == 0) memory[Team::Thread() / 32] = largest;
-  Team::Sync();
-  largest = memory[0];
-  for (int w = 1; w < Team::Threads() / 32; ++w) largest = fmaxf(largest, memory[w]);
-  Team::Sync();
-  return largest;
-}
-
 // Exponent b with bound <= 2^b.
 __device__ __forceinline__ int BoundExponent(float bound) {
   if (bound == 0) return -126;
@@ -55,43 +30,45 @@ __device__ __forceinline__ int BoundExponent(float bound) {
 }
 
 // h of a pair is at most 2^b: the product's magnitude by Cauchy and Schwarz from the norms of x and
-// of the rows, through the activation. Returns the power of two that brings it to 2^15 at most and
-// writes its inverse; NaN where x is not finite.
-__device__ __forceinline__ float ScaleOfH(const TiledArgs& args, int expert, int pair,
-                                          const float (&bias)[2], bool write) {
+// of the rows, through the activation; there are no biases, or the activation's limit bounds h alone.
+// Returns the power of two that brings h to 2^15 at most and writes its inverse; NaN where x is not
+// finite.
+__device__ __forceinline__ float ScaleOfH(const TiledArgs& args, int expert, int pair, bool write) {
   const int64_t row = pair / args.pairs_a_row;
   const float weight = args.pair_weight == nullptr ? 1.0f : fabsf(args.pair_weight[pair]);
-  const float norm = args.x.norms[row] * args.x.scales[row];
-  float bound[2] = {1, 1};
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    if (i == 0 && !args.gated) continue;
-    const TiledMatrix& matrix = args.matrix[i];
-    const Projection& p = args.projection[i];
-    const float scale = p.scale == nullptr ? 1.0f : fabsf(p.scale[expert]);
-    bound[i] = norm * weight * matrix.aux[expert * matrix.expert_rows * 2 + 1] * scale + bias[i];
-  }
+  const float norm = args.x.norms[row];
   int exponent;
-  switch (args.activation) {
-    case Activation::kSwigluOai:
-      exponent = BoundExponent(fminf(bound[0], args.limit > 1 ? args.limit : INFINITY)) +
-                 BoundExponent(fminf(bound[1], fabsf(args.limit)) + 1);
-      break;
-    case Activation::kRelu2:
-      exponent = 2 * BoundExponent(bound[1]);
-      break;
-    case Activation::kSilu:
-    case Activation::kGelu:
-      exponent = BoundExponent(bound[1]);
-      break;
-    default:
-      exponent = BoundExponent(bound[0]) + BoundExponent(bound[1]);
-      break;
+  if (args.activation == Activation::kSwigluOai) {
+    exponent = BoundExponent(fmaxf(args.limit, 1.0f)) + BoundExponent(fabsf(args.limit) + 1);
+  } else {
+    const float x_bound = norm * args.x.scales[row] * weight;
+    const auto bound = [&](int i) {
+      const TiledMatrix& matrix = args.matrix[i];
+      const Projection& p = args.projection[i];
+      const float scale = p.scale == nullptr ? 1.0f : fabsf(p.scale[expert]);
+      return BoundExponent(x_bound * matrix.aux[expert * matrix.expert_rows * 2 + 1] * scale);
+    };
+    exponent = bound(1);
+    if (args.gated) exponent += bound(0);
+    if (args.activation == Activation::kRelu2) exponent *= 2;
   }
   exponent = max(-126, min(exponent - 15, 127));
-  const bool finite = args.x.norms[row] < INFINITY && weight < INFINITY;
+  const bool finite = norm < INFINITY && weight < INFINITY;
   if (write) args.h_scales[pair] = finite ? ldexpf(1.0f, exponent) : NAN;
   return finite ? ldexpf(1.0f, -exponent) : 0.0f;
+}
+
+// The same for y = W x of a pair, to f16: x is at most 2^15 in magnitude once scaled, so its norm is known
+// only where it was prepared from an array, and is at most 2^15 times the root of its columns.
+__device__ __forceinline__ float ScaleOfY(const TiledArgs& args, int expert, int pair, bool write) {
+  const TiledMatrix& matrix = args.matrix[0];
+  const float x_scale = args.x.scales[pair / args.pairs_a_row];
+  const float norm = 0x1p15f * sqrtf(static_cast<float>(args.columns)) *
+                     matrix.aux[expert * matrix.expert_rows * 2 + 1];
+  // Products of powers of two: the scale of x may be as extreme as float32 allows.
+  const int exponent = max(-126, min(BoundExponent(norm * x_scale) - 15, 127));
+  if (write) args.y_scales[pair] = x_scale < INFINITY ? ldexpf(1.0f, exponent) : NAN;
+  return ldexpf(1.0f, -exponent);
 }
 
 __device__ __forceinline__ float FinishProjection(const Projection& p, float value, int expert,

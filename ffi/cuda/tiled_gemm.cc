@@ -1,37 +1,39 @@
 #include "ffi/cuda/tiled_gemm.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "ffi/blocks/formats.h"
+#include "ffi/cuda/launch_early.h"
 #include "ffi/cuda/tiled_formats.h"
+#include "ffi/plan/cuda.h"
 
 namespace jax_moe::cuda {
 namespace {
 
-// On Hopper the kernel may start while the one before it ends (WaitForEarlierKernels).
 cudaError_t Launch(const TiledKernel& kernel, dim3 grid, void** parameters, cudaStream_t stream) {
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = grid;
-  config.blockDim = dim3(kernel.threads);
-  config.dynamicSmemBytes = kernel.shared_bytes;
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = std::getenv("JAX_MOE_NO_PDL") == nullptr && IsHopper() ? 1 : 0;
-  return cudaLaunchKernelExC(&config, kernel.function, parameters);
+  return LaunchEarly(kernel.function, grid, kernel.threads, kernel.shared_bytes, stream, parameters);
+}
+
+int Multiprocessors() {
+  int device = 0, number = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  cudaDeviceGetAttribute(&number, cudaDevAttrMultiProcessorCount, device);
+  return std::max(number, 1);
+}
+
+// One block for every place on the device, at most one for every 8 items.
+cudaError_t LaunchPersistent(const TiledKernel& kernel, TiledArgs args, cudaStream_t stream) {
+  const int64_t warps = kernel.threads / 32, bands = args.rows / kernel.block_rows;
+  const int64_t places = int64_t{Multiprocessors()} * kernel.blocks;
+  const int64_t items = args.lists.max_tiles * bands;
+  if (items == 0) return cudaSuccess;
+  args.log_splits = plan::ChooseCudaTiledLogSplits(items, places * warps, args.columns);
+  const int64_t blocks = std::min(places, ((items << args.log_splits) + warps - 1) / warps);
+  void* parameters[] = {&args};
+  return Launch(kernel, dim3(static_cast<unsigned>(blocks)), parameters, stream);
 }
 
 }  // namespace
-
-bool IsHopper() {
-  int device = 0, major = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major == 9;
-}
 
 const TiledKernels* FindTiledKernels(int format) {
   switch (format) {
@@ -44,7 +46,8 @@ const TiledKernels* FindTiledKernels(int format) {
   return nullptr;
 }
 
-cudaError_t LaunchTiled(const TiledKernel& kernel, const TiledArgs& args, cudaStream_t stream) {
+cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t stream) {
+  if (kernel.blocks > 0) return LaunchPersistent(kernel, args, stream);
   const bool paired = args.activate && args.gated;
   const int64_t block_rows = paired ? kernel.block_rows / 2 : kernel.block_rows;
   const int64_t rows = args.activate && kernel.pads_rows ? args.y_pitch : args.rows;
@@ -55,7 +58,7 @@ cudaError_t LaunchTiled(const TiledKernel& kernel, const TiledArgs& args, cudaSt
   if (tiles_z > kMaxGridY) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(tiles_y),
                   static_cast<unsigned>(tiles_z));
-  void* parameters[] = {const_cast<TiledArgs*>(&args)};
+  void* parameters[] = {&args};
   return Launch(kernel, grid, parameters, stream);
 }
 

@@ -33,12 +33,14 @@ struct TiledArgs {
   void* y;                   // activate: f16 [pairs, y_pitch] in x's layout
   int64_t y_pitch;
   Element y_type;
+  float* y_scales;  // wide, not with `activate`, y f16: y is scaled, [pairs] undo it; null: it is not
   // With `activate` only.
   bool activate, gated;
   Projection projection[2];
   Activation activation;
   float limit, beta, linear_beta;
   float* h_scales;  // [pairs]: what undoes the scaling of h
+  int32_t log_splits;  // narrow: log2 of the warps that share an item (tiled_narrow.cuh)
 };
 
 // A kernel, the tokens of its tiles and the weight rows of its thread blocks.
@@ -48,6 +50,7 @@ struct TiledKernel {
   int block_rows;  // of one matrix, or half of it of gate and up each
   int shared_bytes;
   bool pads_rows;  // writes zeros of h up to its pitch
+  int blocks;      // a multiprocessor, of a persistent grid; 0: a block for every tile and band
 };
 
 // y[t] = sum over slots s of weight[t, s] * down_e h, in slot order, for at most 32 pairs.
@@ -73,13 +76,10 @@ struct TiledKernels {
   TiledKernel down;     // takes TiledDownArgs
 };
 
-// Whether the current device has what the kernels of sm_90a need.
-bool IsHopper();
-
 // The kernels for weights of ggml_type `format`; null where the format has no tiled layout.
 const TiledKernels* FindTiledKernels(int format);
 
-cudaError_t LaunchTiled(const TiledKernel& kernel, const TiledArgs& args, cudaStream_t stream);
+cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t stream);
 
 cudaError_t LaunchTiledDown(const TiledKernel& kernel, const TiledDownArgs& args,
                             cudaStream_t stream);

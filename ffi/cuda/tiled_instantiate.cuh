@@ -16,7 +16,8 @@ TiledKernel DescribeTiledWide() {
           kTokens,
           16 * Shape::kBands,
           Shape::kSharedBytes,
-          /*pads_rows=*/true};
+          /*pads_rows=*/true,
+          /*blocks=*/0};
 }
 
 template <typename Format>
@@ -24,11 +25,12 @@ const TiledKernels& Tiled() {
   using Narrow = TiledNarrowShape<Format>;
   static const TiledKernels kernels = {
       {reinterpret_cast<const void*>(&TiledNarrow<Format>), 32 * Narrow::kWarps, Narrow::kTokens,
-       2 * Narrow::kRows, sizeof(typename Narrow::Memory), /*pads_rows=*/false},
+       Narrow::kRows, sizeof(typename Narrow::Memory), /*pads_rows=*/false, Narrow::kBlocks},
       {DescribeTiledWide<Format, 32>(), DescribeTiledWide<Format, 64>(),
        DescribeTiledWide<Format, 128>()},
-      {reinterpret_cast<const void*>(&TiledDown<Format>), 32 * Narrow::kWarps, Narrow::kTokens,
-       Narrow::kRows, sizeof(typename TiledDownShape<Format>::Memory), /*pads_rows=*/false}};
+      {reinterpret_cast<const void*>(&TiledDown<Format>), 32 * TiledDownShape<Format>::kWarps, Narrow::kTokens,
+       Narrow::kRows, sizeof(typename TiledDownShape<Format>::Memory), /*pads_rows=*/false,
+       /*blocks=*/0}};
   return kernels;
 }
 

@@ -1,9 +1,10 @@
 // Tiled weights times up to 8 tokens of an expert: bound by the bytes of the weights.
 //
-// A block's 8 warps have two bands of 16 rows, gate and up of the same neurons where both are there.
-// Four warps share a band, each with every fourth 256 columns. A warp streams its bytes through a ring
-// in shared memory of its own, several hundred cycles ahead, and decodes them straight into tensor-core
-// operands: no barrier is passed until the four sums are added, in warp order.
+// A persistent grid. An item is a tile of tokens and a band of 16 rows, of gate and up both where both are
+// there. A team of 1, 2 or 4 warps has an item, each warp every splits-th 256 columns of it. A warp
+// streams the bytes of its items, one after another, through a ring in shared memory of its own, several
+// hundred cycles ahead, and decodes them straight into tensor-core operands. Warps wait for their team
+// only, once an item, to add their sums in warp order.
 #pragma once
 
 #include "ffi/cuda/hopper.cuh"
@@ -17,114 +18,88 @@ template <typename Format>
 struct TiledNarrowShape {
   static constexpr int kTokens = 8;
   static constexpr int kRows = 16;  // of a band
-  static constexpr int kSplits = 4;
-  static constexpr int kWarps = 2 * kSplits;
+  static constexpr int kWarps = 4;
+  static constexpr int kBlocks = 4;  // a multiprocessor of sm_90
   static constexpr int kStep = 256;  // columns of a ring's stage
   static constexpr int kStageBytes = kRows * kStep / Format::kBlock * Format::kBytes;
-  // Three blocks fit into a multiprocessor of sm_90.
-  static constexpr int kStages = std::max(2, std::min(4, 75000 / (kWarps * kStageBytes)));
+  // Sums of a warp's band of gate and of up, padded to spread a quad's tokens over the banks.
+  static constexpr int kSumRows = kRows + 4;
+  // Leaves some 90 KB of sm_90's to the L1 cache, for the activations.
+  static constexpr int kStages =
+      std::max(2, std::min(4, (34000 - kWarps * 2 * kTokens * kSumRows * 4) / (kWarps * kStageBytes)));
 
   struct alignas(16) Memory {
     uint8_t ring[kWarps][kStages][kStageBytes];
     uint64_t full[kWarps][kStages];
-    float sums[kWarps][kTokens][kRows + 1];
-    float reduced[kWarps];
-    float h_factor[kTokens];
-    int32_t pair[kWarps][kTokens];
+    float sums[kWarps][2][kTokens][kSumRows];
+    int32_t pair[kWarps][kTokens];  // of tiles found from the ids
   };
 };
 
-// One warp's stream of bands' bytes through its ring. Source(n) tells where step n's bytes begin and how
-// many there are, 0 past the last step.
+// Where a step's bytes begin and how many there are.
 struct Span16 {
   const uint8_t* from;
   int bytes;  // a multiple of 16
 };
 
-template <typename Format, typename Source>
-class BandStream {
+// A warp's ring: steps are fetched and waited for in order, at most kStages ahead.
+template <typename Format>
+class WarpRing {
  public:
   using Shape = TiledNarrowShape<Format>;
 
-  __device__ __forceinline__ BandStream(uint8_t (*ring)[Shape::kStageBytes], uint64_t* full,
-                                        const Source& source)
-      : ring_(ring), full_(full), source_(source) {}
+  __device__ __forceinline__ WarpRing(uint8_t (*ring)[Shape::kStageBytes], uint64_t* full)
+      : ring_(ring), full_(full) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (threadIdx.x % 32 < Shape::kStages) InitBarrier(full_ + threadIdx.x % 32, 1);
+    FenceBarrierInit();
+    __syncwarp();
+#endif
+  }
 
-  __device__ __forceinline__ void Start() {
+  __device__ __forceinline__ void Fetch(const Span16& span) {
+    uint8_t* to = ring_[fetched_];
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if (threadIdx.x % 32 == 0) {
-#pragma unroll
-      for (int i = 0; i < Shape::kStages; ++i) InitBarrier(full_ + i, 1);
-      FenceBarrierInit();
+      ArriveExpectBytes(full_ + fetched_, span.bytes);
+      BulkCopy(to, span.from, span.bytes, full_ + fetched_);
     }
-    __syncwarp();
-#endif
-#pragma unroll
-    for (int i = 0; i < Shape::kStages; ++i) Fetch(i);
-  }
-
-  __device__ __forceinline__ const uint8_t* Wait(int n) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    WaitBarrier(full_ + n % Shape::kStages, n / Shape::kStages & 1);
 #else
-    WaitCopies<Shape::kStages - 1>();
-    __syncwarp();
-#endif
-    return ring_[n % Shape::kStages];
-  }
-
-  // Step n has been read: its place takes a later one.
-  __device__ __forceinline__ void Release(int n) {
-    __syncwarp();
-    Fetch(n + Shape::kStages);
-  }
-
- private:
-  __device__ __forceinline__ void Fetch(int n) {
-    uint8_t* to = ring_[n % Shape::kStages];
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if (threadIdx.x % 32 != 0) return;
-    const Span16 span = source_(n);
-    if (span.bytes == 0) return;
-    ArriveExpectBytes(full_ + n % Shape::kStages, span.bytes);
-    BulkCopy(to, span.from, span.bytes, full_ + n % Shape::kStages);
-#else
-    const Span16 span = source_(n);
     for (int at = 16 * (threadIdx.x % 32); at < span.bytes; at += 16 * 32) {
       CopyAsync16(to + at, span.from + at);
     }
     CommitCopies();
 #endif
+    if (++fetched_ == Shape::kStages) fetched_ = 0;
+    ++ahead_;
   }
 
+  __device__ __forceinline__ bool HasPlace() const { return ahead_ < Shape::kStages; }
+
+  // The oldest step that is still in the ring; it has to be read by all lanes before the next Fetch.
+  __device__ __forceinline__ const uint8_t* Wait() {
+    const uint8_t* stage = ring_[read_];
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    WaitBarrier(full_ + read_, parity_);
+    if (++read_ == Shape::kStages) read_ = 0, parity_ ^= 1;
+#else
+    if (HasPlace()) {
+      WaitCopies<0>();
+    } else {
+      WaitCopies<Shape::kStages - 1>();
+    }
+    __syncwarp();
+    if (++read_ == Shape::kStages) read_ = 0;
+#endif
+    --ahead_;
+    return stage;
+  }
+
+ private:
   uint8_t (*ring_)[Shape::kStageBytes];
   uint64_t* full_;
-  const Source source_;
-};
-
-// First column of step n of the warps with this part of a band.
-template <typename Format>
-__device__ __forceinline__ int StepColumn(int n, int split) {
-  using Shape = TiledNarrowShape<Format>;
-  return (n * Shape::kSplits + split) * Shape::kStep;
-}
-
-template <typename Format>
-__device__ __forceinline__ Span16 StepSpan(const uint8_t* band, int column, int columns) {
-  using Row = TiledRow<Format>;
-  if (column >= columns) return {band, 0};
-  return {band + Row::BandBytes(column),
-          Row::BandBytes(min(TiledNarrowShape<Format>::kStep, columns - column))};
-}
-
-// The steps of one part of a band.
-template <typename Format>
-struct PartOfBand {
-  const uint8_t* band;
-  int columns, split;
-  __device__ __forceinline__ Span16 operator()(int n) const {
-    return StepSpan<Format>(band, StepColumn<Format>(n, split), columns);
-  }
+  int fetched_ = 0, read_ = 0, ahead_ = 0;
+  uint32_t parity_ = 0;
 };
 
 // Adds the products of one chunk of 128 columns.
@@ -141,12 +116,12 @@ __device__ __forceinline__ void MultiplySteps(float (&sum)[4], const LaneUnit<Fo
   }
 }
 
-// Adds the products of one step: 256 columns from `column` on. x_row: the activations of token
+// Adds the products of one step, 256 columns from `column` on, those of each chunk to sums of its own. x_row: the activations of token
 // lane / 4, null where there is none.
-template <typename Format, typename Stream>
-__device__ __forceinline__ void MultiplyStep(Stream& stream, int n, const half* x_row, int column,
+template <typename Format>
+__device__ __forceinline__ void MultiplyStep(WarpRing<Format>& ring, const half* x_row, int column,
                                              int columns, const float (&normaliser)[2],
-                                             float (&sum)[4]) {
+                                             float (&sum)[2][4]) {
   using Tiled = TiledUnit<Format>;
   constexpr int kChunks = 2;  // of a step
   const int lane = threadIdx.x % 32, t = lane % 4;
@@ -159,11 +134,11 @@ __device__ __forceinline__ void MultiplyStep(Stream& stream, int n, const half* 
       x[c][i] = *reinterpret_cast<const uint4*>(x_row + column + 128 * c + 32 * i + 8 * t);
     }
   }
-  const uint8_t* stage = stream.Wait(n);
+  const uint8_t* stage = ring.Wait();
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) {
     const int units = min(4, (columns - column) / 32 - 4 * c);
-    if (c > 0 && units <= 0) break;
+    if (Tiled::kChunks == 1 && c > 0 && units <= 0) break;
     const uint8_t* atom =
         Tiled::kChunks == 2 ? stage : stage + TiledRow<Format>::BandBytes(128 * c);
     typename Tiled::Place place = {units, Tiled::kChunks == 2 ? c : 0, lane / 4, t};
@@ -171,20 +146,21 @@ __device__ __forceinline__ void MultiplyStep(Stream& stream, int n, const half* 
     low.Load(atom, place, normaliser[0]);
     place.row += 8;
     high.Load(atom, place, normaliser[1]);
-    MultiplySteps<Format>(sum, low, high, x[c]);
+    MultiplySteps<Format>(sum[c], low, high, x[c]);
   }
-  stream.Release(n);
+  __syncwarp();
 }
 
-// A tile's expert and pairs, by each warp for itself.
+// A tile, and the pair of token lane / 4 (-1: none).
 struct WarpTile {
-  int expert, count;
+  int expert, count, pair;
 };
 
-// From the ids themselves, for up to 32 pairs: block p's tile begins with pair p, if that is the first,
-// the ninth, ... of its expert. False where there is none.
-__device__ __forceinline__ bool FindWarpTile(const Lists& lists, int32_t* pairs, WarpTile* tile) {
-  const int lane = threadIdx.x % 32, first = blockIdx.y;
+// From the ids themselves, for up to 32 pairs: tile `first` begins with that pair, if it is the first, the
+// ninth, ... of its expert. False where there is none.
+__device__ __forceinline__ bool FindWarpTile(const Lists& lists, int first, int32_t* pairs,
+                                              WarpTile* tile) {
+  const int lane = threadIdx.x % 32;
   const int id = lane < lists.max_tiles ? lists.expert_ids[lane] : -1;
   tile->expert = __shfl_sync(0xffffffffu, id, first);
   if (tile->expert < 0 || tile->expert >= lists.experts) return false;
@@ -195,107 +171,235 @@ __device__ __forceinline__ bool FindWarpTile(const Lists& lists, int32_t* pairs,
   if ((same >> lane & 1) && index >= 0 && index < 8) pairs[index] = lane;
   __syncwarp();
   tile->count = min(8, __popc(same) - rank);
+  tile->pair = lane / 4 < tile->count ? pairs[lane / 4] : -1;
+  __syncwarp();
   return true;
 }
 
+// A warp of a team of 2^log_splits, and its way through the items.
 template <typename Format>
-__global__ void __launch_bounds__(32 * TiledNarrowShape<Format>::kWarps, 3)
-    TiledNarrow(const __grid_constant__ TiledArgs args) {
+class NarrowWarp {
+ public:
   using Shape = TiledNarrowShape<Format>;
-  extern __shared__ __align__(128) uint8_t shared[];
-  auto& memory = *reinterpret_cast<typename Shape::Memory*>(shared);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  // With the ids at hand, which are older than the kernel before this one, weights can be on their way
-  // before that one has ended.
-  const bool early = args.lists.expert_ids != nullptr;
-  LetNextKernelStart();
-  if (!early) WaitForEarlierKernels();
-  WarpTile tile;
-  if (early) {
-    if (!FindWarpTile(args.lists, memory.pair[warp], &tile)) return WaitForEarlierKernels();
-  } else {
-    TokenTile listed;
-    if (!FindTile(args.lists, &listed)) return;
-    tile = {listed.expert, listed.count};
-    if (lane < tile.count) memory.pair[warp][lane] = args.lists.pairs[listed.begin + lane];
-    __syncwarp();
-  }
-  const int job = warp / Shape::kSplits, split = warp % Shape::kSplits;
-  const bool paired = args.activate && args.gated;
-  const int which = paired ? job : args.activate ? 1 : 0;
-  const int band = paired ? blockIdx.x : 2 * blockIdx.x + job;
-  const bool present = band * Shape::kRows < args.rows;
+  using Memory = typename Shape::Memory;
 
-  const TiledMatrix& matrix = args.matrix[which];
-  const float* aux = matrix.aux + (tile.expert * matrix.expert_rows + band * Shape::kRows) * 2;
-  float sum[4] = {};
-  if (present) {
-    const uint8_t* bytes =
-        matrix.data + tile.expert * matrix.expert_bytes + band * Shape::kRows * args.row_bytes;
-    BandStream<Format, PartOfBand<Format>> stream(memory.ring[warp], memory.full[warp],
-                                                  {bytes, args.columns, split});
-    stream.Start();
-    const float normaliser[2] = {0x1p24f / aux[2 * g], 0x1p24f / aux[2 * (g + 8)]};
+  __device__ __forceinline__ NarrowWarp(const TiledArgs& args, Memory& memory)
+      : args_(args),
+        m_(memory),
+        ring_(memory.ring[threadIdx.x / 32], memory.full[threadIdx.x / 32]),
+        warp_(threadIdx.x / 32),
+        lane_(threadIdx.x % 32),
+        splits_(1 << args.log_splits),
+        split_(warp_ & (splits_ - 1)),
+        matrices_(args.activate && args.gated ? 2 : 1),
+        first_matrix_(args.activate && !args.gated ? 1 : 0),
+        bands_(args.rows / Shape::kRows),
+        band_bytes_(TiledRow<Format>::BandBytes(args.columns)) {}
+
+  __device__ __forceinline__ void Run() {
+    // With the ids at hand, which are older than the kernel before this one, weights can be on their
+    // way before that one has ended.
+    const bool early = args_.lists.expert_ids != nullptr;
+    LetNextKernelStart();
+    if (!early) WaitForEarlierKernels();
+    tiles_ = early ? static_cast<int>(args_.lists.max_tiles) : *args_.lists.num_tiles;
+    const int teams = gridDim.x * (Shape::kWarps >> args_.log_splits);
+    const int team = (blockIdx.x * Shape::kWarps + warp_) >> args_.log_splits;
+    tile_index_ = team / bands_;
+    band_ = team % bands_;
+    tile_step_ = teams / bands_;
+    band_step_ = teams % bands_;
+    WarpTile tile = {}, next = {};
+    bool more = Find(&next);
+    int band = band_;
+    if (more) {
+      next_ = MatrixAt(next.expert, band);
+      FetchAhead();
+      LoadNormalisers(next.expert, band);
+    }
     if (early) WaitForEarlierKernels();
-    const half* x_row = nullptr;
-    if (g < tile.count) {
-      x_row = static_cast<const half*>(args.x.values) +
-              memory.pair[warp][g] / args.pairs_a_row * args.x.pitch;
-    }
-    for (int n = 0; StepColumn<Format>(n, split) < args.columns; ++n) {
-      MultiplyStep<Format>(stream, n, x_row, StepColumn<Format>(n, split), args.columns, normaliser,
-                           sum);
-    }
-    // A lane holds rows g and g + 8 of tokens 2 t and 2 t + 1.
-#pragma unroll
-    for (int i = 0; i < 4; ++i) memory.sums[warp][2 * t + i % 2][g + 8 * (i / 2)] = sum[i];
-  } else if (early) {
-    WaitForEarlierKernels();
-  }
-  if (args.activate) {
-    const float bias[2] = {
-        args.gated
-            ? LargestBias<WholeBlock>(args.projection[0], tile.expert, args.rows, memory.reduced)
-            : 0,
-        LargestBias<WholeBlock>(args.projection[1], tile.expert, args.rows, memory.reduced)};
-    if (threadIdx.x < tile.count) {
-      const int pair = memory.pair[0][threadIdx.x];
-      memory.h_factor[threadIdx.x] =
-          ScaleOfH(args, tile.expert, pair, bias, blockIdx.x == 0);
+    while (more) {
+      tile = next;
+      band = band_;
+      Advance();
+      more = Find(&next);
+      const float current[2][2] = {{normaliser_[0][0], normaliser_[0][1]},
+                                   {normaliser_[1][0], normaliser_[1][1]}};
+      if (more) {
+        next_ = MatrixAt(next.expert, band_);
+        LoadNormalisers(next.expert, band_);
+      }
+      FetchAhead();
+      Item(tile, band, current);
     }
   }
-  __syncthreads();
 
-  const int row = threadIdx.x % Shape::kRows, token = threadIdx.x / Shape::kRows % Shape::kTokens;
-  if (token >= tile.count) return;
-  const int pair = memory.pair[0][token];
-  const float factor = PairFactor(args, pair);
-  const auto result = [&](int job_of, int index, int band_of) {
-    float total = 0;
-#pragma unroll
-    for (int s = 0; s < Shape::kSplits; ++s)
-      total += memory.sums[job_of * Shape::kSplits + s][token][row];
-    const TiledMatrix& m = args.matrix[index];
-    return total * m.aux[(tile.expert * m.expert_rows + band_of * Shape::kRows + row) * 2] * factor;
+ private:
+  // Where a warp's steps are fetched from: those of one item, gate's first.
+  struct Source {
+    const uint8_t* band = nullptr;  // of the first matrix
+    int64_t to_second = 0;
   };
-  const int half_of_block = threadIdx.x / (Shape::kRows * Shape::kTokens);
-  if (paired) {
-    if (half_of_block > 0) return;
-    const int n = band * Shape::kRows + row;
-    static_cast<half*>(args.y)[pair * args.y_pitch + n / 128 * 128 + NarrowPlace(n % 128)] =
-        ActivateToHalf(args, result(0, 0, blockIdx.x), result(1, 1, blockIdx.x), tile.expert, n,
-                       memory.h_factor[token]);
-    return;
+
+  __device__ __forceinline__ void Advance() {
+    tile_index_ += tile_step_;
+    band_ += band_step_;
+    if (band_ >= bands_) band_ -= bands_, ++tile_index_;
   }
-  const int my_band = 2 * blockIdx.x + half_of_block, n = my_band * Shape::kRows + row;
-  if (n >= args.rows) return;
-  const float value = result(half_of_block, which, my_band);
-  if (args.activate) {
-    static_cast<half*>(args.y)[pair * args.y_pitch + n / 128 * 128 + NarrowPlace(n % 128)] =
-        ActivateToHalf(args, 0.0f, value, tile.expert, n, memory.h_factor[token]);
-  } else {
-    Store(args.y, pair * args.y_pitch + n, args.y_type, value);
+
+  // The tile of the item at hand, or the next one that has one.
+  __device__ __forceinline__ bool Find(WarpTile* tile) {
+    for (; tile_index_ < tiles_; Advance()) {
+      if (args_.lists.expert_ids != nullptr) {
+        if (FindWarpTile(args_.lists, tile_index_, m_.pair[warp_], tile)) return true;
+      } else {
+        const TokenTile listed = args_.lists.tiles[tile_index_];
+        tile->expert = listed.expert;
+        tile->count = listed.count;
+        tile->pair = lane_ / 4 < listed.count ? args_.lists.pairs[listed.begin + lane_ / 4] : -1;
+        return true;
+      }
+    }
+    return false;
   }
+
+  __device__ __forceinline__ const uint8_t* BandOf(int which, int expert, int band) const {
+    const TiledMatrix& matrix = args_.matrix[which];
+    return matrix.data + expert * matrix.expert_bytes + band * Shape::kRows * args_.row_bytes;
+  }
+  __device__ __forceinline__ Source MatrixAt(int expert, int band) const {
+    const uint8_t* first = BandOf(first_matrix_, expert, band);
+    return {first, matrices_ == 2 ? BandOf(1, expert, band) - first : 0};
+  }
+
+  // Moves on to a step to fetch, of this item or the next one; false where there is none yet.
+  __device__ __forceinline__ bool HasStep() {
+    const int first = split_ * Shape::kStageBytes;
+    if (first >= band_bytes_) return false;
+    if (fetch_at_ < band_bytes_) return true;
+    if (fetch_matrix_ + 1 < matrices_) {
+      ++fetch_matrix_;
+    } else if (next_.band != nullptr) {
+      source_ = next_;
+      next_ = {};
+      fetch_matrix_ = 0;
+    } else {
+      return false;
+    }
+    fetch_at_ = first;
+    return true;
+  }
+
+  __device__ __forceinline__ void FetchAhead() {
+    while (ring_.HasPlace() && HasStep()) {
+      const uint8_t* from = source_.band + (fetch_matrix_ == 0 ? 0 : source_.to_second);
+      ring_.Fetch({from + fetch_at_, min(Shape::kStageBytes, band_bytes_ - fetch_at_)});
+      fetch_at_ += splits_ * Shape::kStageBytes;
+    }
+  }
+
+  // Those of rows lane / 4 and lane / 4 + 8 of the next item, an item ahead.
+  __device__ __forceinline__ void LoadNormalisers(int expert, int band) {
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      if (m == matrices_) break;
+      const TiledMatrix& matrix = args_.matrix[first_matrix_ + m];
+      const float* aux =
+          matrix.aux + (expert * matrix.expert_rows + band * Shape::kRows + lane_ / 4) * 2;
+      normaliser_[m][0] = aux[0];
+      normaliser_[m][1] = aux[16];
+    }
+  }
+
+  __device__ __forceinline__ void Item(const WarpTile& tile, int band,
+                                       const float (&normaliser)[2][2]) {
+    const int g = lane_ / 4, t = lane_ % 4;
+    const half* x_row = nullptr;
+    float factor = 0, h_factor = 0;
+    if (tile.pair >= 0) {
+      x_row = static_cast<const half*>(args_.x.values) + tile.pair / args_.pairs_a_row * args_.x.pitch;
+      factor = PairFactor(args_, tile.pair);
+      if (args_.activate) h_factor = ScaleOfH(args_, tile.expert, tile.pair, band == 0 && t == 0);
+    }
+#pragma unroll
+    for (int m = 0; m < 2; ++m) {
+      if (m == matrices_) break;
+      const float factors[2] = {0x1p24f / normaliser[m][0], 0x1p24f / normaliser[m][1]};
+      float sum[2][4] = {};
+#pragma unroll 1
+      for (int column = split_ * Shape::kStep; column < args_.columns;
+           column += splits_ * Shape::kStep) {
+        MultiplyStep<Format>(ring_, x_row, column, args_.columns, factors, sum);
+        FetchAhead();
+      }
+      // A lane holds rows g and g + 8 of tokens 2 t and 2 t + 1.
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        m_.sums[warp_][m][2 * t + i % 2][g + 8 * (i / 2)] =
+            (sum[0][i] + sum[1][i]) * normaliser[m][i / 2];
+      }
+    }
+    SyncTeam();
+    Store(tile, band, factor, h_factor);
+    SyncTeam();
+  }
+
+  __device__ __forceinline__ void SyncTeam() const {
+    if (splits_ == 1) {
+      __syncwarp();
+    } else {
+      asm volatile("bar.sync %0, %1;" ::"r"(1 + (warp_ >> args_.log_splits)), "r"(32 * splits_)
+                   : "memory");
+    }
+  }
+
+  // A lane has one row of every token whose turn it is: its team's lanes share the tile. factor and
+  // h_factor are those of token lane / 4.
+  __device__ __forceinline__ void Store(const WarpTile& tile, int band, float factor,
+                                        float h_factor) const {
+    const int row = lane_ % Shape::kRows, n = band * Shape::kRows + row;
+    const int first_warp = warp_ & ~(splits_ - 1);
+    for (int base = 2 * split_; base < tile.count; base += 2 * splits_) {
+      const int token = base + lane_ / Shape::kRows, source = 4 * min(token, Shape::kTokens - 1);
+      const int pair = __shfl_sync(0xffffffffu, tile.pair, source);
+      const float pair_factor = __shfl_sync(0xffffffffu, factor, source);
+      const float pair_h_factor = __shfl_sync(0xffffffffu, h_factor, source);
+      if (token >= tile.count) continue;
+      float first = 0, second = 0;
+      for (int s = 0; s < splits_; ++s) {
+        first += m_.sums[first_warp + s][0][token][row];
+        if (matrices_ == 2) second += m_.sums[first_warp + s][1][token][row];
+      }
+      first *= pair_factor;
+      if (!args_.activate) {
+        cuda::Store(args_.y, pair * args_.y_pitch + n, args_.y_type, first);
+        continue;
+      }
+      second *= pair_factor;
+      static_cast<half*>(args_.y)[pair * args_.y_pitch + n / 128 * 128 + NarrowPlace(n % 128)] =
+          ActivateToHalf(args_, first, matrices_ == 2 ? second : first, tile.expert, n,
+                         pair_h_factor);
+    }
+  }
+
+  const TiledArgs& args_;
+  Memory& m_;
+  WarpRing<Format> ring_;
+  const int warp_, lane_, splits_, split_, matrices_, first_matrix_, bands_, band_bytes_;
+  int tiles_ = 0, tile_index_ = 0, band_ = 0, tile_step_ = 0, band_step_ = 0;
+  Source source_, next_;
+  float normaliser_[2][2] = {};
+  // The step that is fetched next: at first, the next item's.
+  int fetch_at_ = 1 << 30, fetch_matrix_ = 1;
+};
+
+template <typename Format>
+__global__ void __launch_bounds__(32 * TiledNarrowShape<Format>::kWarps,
+                                  TiledNarrowShape<Format>::kBlocks)
+    TiledNarrow(const __grid_constant__ TiledArgs args) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  NarrowWarp<Format>(args, *reinterpret_cast<typename TiledNarrowShape<Format>::Memory*>(shared))
+      .Run();
 }
 
 }  // namespace jax_moe::cuda

@@ -9,6 +9,8 @@
 
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "ffi/blocks/formats.h"
 
 namespace jax_moe::cuda {
@@ -298,17 +300,24 @@ __device__ __forceinline__ uint32_t ThreeBytes(const uint32_t* words, int t) {
          0x00ffffffu;
 }
 
-// d, dmin, and 6 bits of scale and minimum a unit.
+// d, dmin, and 6 bits of scale and minimum a unit. The products are made in f16, with one rounding as
+// from float32: d times the normaliser and the integers are exact there.
 template <typename FieldsType>
 struct SixBitScaled {
   using Fields = FieldsType;
   static constexpr int kChunks = 2, kScaleWords = 4, kBias = 0;
   using Place = TiledPlace<kChunks>;
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
+  static __device__ __forceinline__ void Scale(const uint32_t* s, const Place& at, float normaliser,
+                                               half2& scale, half2& offset) {
+    const float2 d = __half22float2(Halves(s[0]));
+    // The minimum times 2^10, so that it is no subnormal number.
+    const half2 factors = __floats2half2_rn(d.x * normaliser, d.y * (normaliser * 0x1p-14f));
     const uint32_t bits = ThreeBytes(s + 1, at.unit) >> 12 * at.chunk;
-    const float scale = static_cast<float>(static_cast<int>(bits & 63));
-    const float minimum = static_cast<float>(static_cast<int>(bits >> 6 & 63));
-    return {HalfBits(s[0] & 0xffffu) * scale, -(HalfBits(s[0] >> 16) * minimum)};
+    // 1024 + q is 0x6400 | q.
+    const uint32_t biased = (bits & 0x3fu) | (bits << 10 & 0x003f0000u) | 0x64006400u;
+    const half2 both = __hmul2(__hsub2(Halves(biased), BothHalves(1024.0f)), factors);
+    scale = __low2half2(both);
+    offset = __hmul2(__high2half2(both), BothHalves(-0x1p-10f));
   }
 };
 
@@ -410,7 +419,8 @@ class LaneUnit {
   // normaliser: 2^24 over the row's. Lanes past the chunk's units get zeros.
   __device__ __forceinline__ void Load(const uint8_t* atom, const Place& at, float normaliser) {
     uint32_t s[Tiled::kScaleWords];
-    if (at.unit < at.units) {
+    // Rows of whole atoms have no partial chunks.
+    if (Tiled::kChunks == 2 || at.unit < at.units) {
       Tiled::Load(atom, at, q_, s);
     } else {
 #pragma unroll
@@ -421,13 +431,18 @@ class LaneUnit {
     }
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      const Affine affine = Tiled::Scale(s, at, group);
-      half2 scale = BothHalves(affine.scale * normaliser);
-      if constexpr (Format::kHasOffset) {
-        offset_[group] = BothHalves(affine.offset * (normaliser * 0x1p-24f));
+      half2 scale;
+      if constexpr (std::is_base_of_v<SixBitScaled<Fields>, Tiled>) {
+        Tiled::Scale(s, at, normaliser, scale, offset_[group]);
       } else {
-        // A multiple of the rounded scale, so that a field of kBias is exactly zero.
-        offset_[group] = __hmul2(scale, BothHalves(-Tiled::kBias * 0x1p-24f));
+        const Affine affine = Tiled::Scale(s, at, group);
+        scale = BothHalves(affine.scale * normaliser);
+        if constexpr (Format::kHasOffset) {
+          offset_[group] = BothHalves(affine.offset * (normaliser * 0x1p-24f));
+        } else {
+          // A multiple of the rounded scale, so that a field of kBias is exactly zero.
+          offset_[group] = __hmul2(scale, BothHalves(-Tiled::kBias * 0x1p-24f));
+        }
       }
 #pragma unroll
       for (int p = 0; p < Fields::kPositions; ++p) {

@@ -19,8 +19,8 @@ struct TiledWideShape {
   static constexpr int kGroups = kTokens >= 128 ? 2 : 1;  // warpgroups that multiply
   static constexpr int kThreads = 128 * (kGroups + 1);
   static constexpr int kBlocks = kTokens >= 128 ? 1 : kTokens >= 64 ? 2 : 3;  // a multiprocessor
-  static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = kTokens >= 128 ? 232 : kTokens >= 64 ? 216 : 120;
+  static constexpr int kProducerRegisters = kTokens >= 128 ? 56 : 40;
+  static constexpr int kConsumerRegisters = kTokens >= 128 ? 224 : kTokens >= 64 ? 216 : 120;
   static constexpr int kBands = 8 * kGroups;
   static constexpr int kChunk = 128;  // columns
   static constexpr int kAtomChunks = TiledUnit<Format>::kChunks;
@@ -40,9 +40,8 @@ struct TiledWideShape {
     alignas(128) uint8_t weights[kWeightStages][kBands][kAtomBytes];
     uint64_t weights_full[kWeightStages], weights_empty[kWeightStages];
     uint64_t tokens_full[kTokenStages], tokens_empty[kTokenStages];
-    int32_t pair[kTokens];
+    int32_t pair[kTokens], row[kTokens];  // of every token, of its activations
     float factor[kTokens], h_factor[kTokens];
-    float reduced[4];
   };
   static constexpr int kSharedBytes = sizeof(Memory) + 1024;  // for its alignment
 
@@ -60,12 +59,6 @@ template <int kId, int kThreads>
 __device__ __forceinline__ void NamedBarrier() {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
-
-struct Producers {
-  __device__ static int Thread() { return threadIdx.x; }
-  __device__ static int Threads() { return 128; }
-  __device__ static void Sync() { NamedBarrier<2, 128>(); }
-};
 
 // A ring's place and parity after n steps.
 template <int kStages>
@@ -103,7 +96,11 @@ class TiledWideBlock {
       }
       FenceBarrierInit();
     }
-    if (threadIdx.x < tile_.count) m_.pair[threadIdx.x] = args_.lists.pairs[tile_.begin + threadIdx.x];
+    if (threadIdx.x < tile_.count) {
+      const int pair = args_.lists.pairs[tile_.begin + threadIdx.x];
+      m_.pair[threadIdx.x] = pair;
+      m_.row[threadIdx.x] = pair / args_.pairs_a_row;
+    }
     __syncthreads();
     if (threadIdx.x < 128) {
       GiveRegisters<Shape::kProducerRegisters>();
@@ -137,6 +134,15 @@ class TiledWideBlock {
       band = matrix.data + tile_.expert * matrix.expert_bytes +
              Clamped(BandOf(lane)) * 16 * args_.row_bytes;
     }
+    // A thread copies one of the eight 16-byte pieces of every half row of each 16th token.
+    const int first = threadIdx.x / 8, piece = threadIdx.x % 8;
+    const half* from[kTokens / 16];
+#pragma unroll
+    for (int i = 0; i < kTokens / 16; ++i) {
+      const int token = min(first + 16 * i, tile_.count - 1);
+      from[i] = static_cast<const half*>(args_.x.values) + m_.row[token] * args_.x.pitch + piece * 8;
+    }
+    const int to = first * 128 + (piece ^ first % 8) * 16;
     RingPosition<Shape::kWeightStages> w;
     RingPosition<Shape::kTokenStages> x, arrived;
     for (int chunk = 0; chunk < chunks_ + Shape::kLookahead; ++chunk) {
@@ -157,7 +163,14 @@ class TiledWideBlock {
           w.Next();
         }
         WaitBarrier(m_.tokens_empty + x.stage, x.parity ^ 1);
-        CopyTokens(m_.tokens[x.stage], chunk);
+        uint8_t* stage = m_.tokens[x.stage] + to;
+#pragma unroll
+        for (int i = 0; i < kTokens / 16; ++i) {
+          if (first + 16 * i >= tile_.count) break;
+          CopyAsync16(stage + 2048 * i, from[i]);
+          CopyAsync16(stage + 2048 * i + kTokens * 128, from[i] + 64);
+          from[i] += Shape::kChunk;
+        }
         x.Next();
       }
       CommitCopies();
@@ -172,34 +185,14 @@ class TiledWideBlock {
     NamedBarrier<3, Shape::kThreads>();
   }
 
-  // 256 bytes a token, in two halves of rows of 128 bytes.
-  __device__ __forceinline__ void CopyTokens(uint8_t* stage, int chunk) const {
-    const int piece = threadIdx.x % 8;
-    const half* x = static_cast<const half*>(args_.x.values) + chunk * Shape::kChunk + piece * 8;
-#pragma unroll
-    for (int i = 0; i < kTokens / 16; ++i) {
-      const int token = threadIdx.x / 8 + 16 * i;
-      if (token >= tile_.count) break;
-      const half* from = x + static_cast<int64_t>(m_.pair[token] / args_.pairs_a_row) * args_.x.pitch;
-      uint8_t* to = stage + token * 128 + (piece ^ token % 8) * 16;
-      CopyAsync16(to, from);
-      CopyAsync16(to + kTokens * 128, from + 64);
-    }
-  }
-
   __device__ __forceinline__ void MakeFactors() {
-    float bias[2] = {};
-    if (args_.activate) {
-      if (args_.gated) {
-        bias[0] = LargestBias<Producers>(args_.projection[0], tile_.expert, args_.rows, m_.reduced);
-      }
-      bias[1] = LargestBias<Producers>(args_.projection[1], tile_.expert, args_.rows, m_.reduced);
-    }
     if (threadIdx.x >= tile_.count) return;
     const int pair = m_.pair[threadIdx.x];
     m_.factor[threadIdx.x] = PairFactor(args_, pair);
     if (args_.activate) {
-      m_.h_factor[threadIdx.x] = ScaleOfH(args_, tile_.expert, pair, bias, blockIdx.x == 0);
+      m_.h_factor[threadIdx.x] = ScaleOfH(args_, tile_.expert, pair, blockIdx.x == 0);
+    } else if (args_.y_scales != nullptr) {
+      m_.factor[threadIdx.x] *= ScaleOfY(args_, tile_.expert, pair, blockIdx.x == 0);
     }
   }
 
@@ -213,7 +206,24 @@ class TiledWideBlock {
     return matrix.aux[(tile_.expert * matrix.expert_rows + Clamped(BandOf(slot)) * 16 + row) * 2];
   }
 
+  // With as many columns of products as the tile's tokens need.
   __device__ __forceinline__ void Consume() {
+    constexpr int kQuarter = kTokens / 4;
+    if (tile_.count > 3 * kQuarter) {
+      MultiplyAll<kTokens>();
+    } else if (tile_.count > 2 * kQuarter) {
+      MultiplyAll<kQuarter % 32 == 0 ? 3 * kQuarter : kTokens>();
+    } else if (tile_.count > kQuarter) {
+      MultiplyAll<2 * kQuarter>();
+    } else {
+      MultiplyAll<kQuarter % 32 == 0 ? kQuarter : 2 * kQuarter>();
+    }
+    NamedBarrier<3, Shape::kThreads>();
+    StoreResults();
+  }
+
+  template <int kColumns>
+  __device__ __forceinline__ void MultiplyAll() {
     const int lane = threadIdx.x % 32, g = lane / 4;
     float normaliser[2][2];
 #pragma unroll
@@ -222,6 +232,7 @@ class TiledWideBlock {
     }
     RingPosition<Shape::kWeightStages> w;
     RingPosition<Shape::kTokenStages> x;
+    int last = 0;
     for (int chunk = 0; chunk < chunks_; ++chunk) {
       const int part = chunk % Shape::kAtomChunks;
       if (part == 0) WaitBarrier(m_.weights_full + w.stage, w.parity);
@@ -238,30 +249,27 @@ class TiledWideBlock {
         w.Next();
       }
       WaitBarrier(m_.tokens_full + x.stage, x.parity);
-      MultiplySteps(unit, SwizzledOperand(m_.tokens[x.stage]));
-      WaitWarpgroup<0>();
-      if (lane == 0) Arrive(m_.tokens_empty + x.stage);
+      const uint64_t tokens = SwizzledOperand(m_.tokens[x.stage]);
+      uint32_t a[2][2][4];
+      Step<kColumns, 0>(unit, tokens, a);
+      // The last chunk's products have ended, and only now: its last ones ran while this chunk's
+      // weights were loaded.
+      if (chunk > 0 && lane == 0) Arrive(m_.tokens_empty + last);
+      last = x.stage;
+      Step<kColumns, 1>(unit, tokens, a);
+      Step<kColumns, 2>(unit, tokens, a);
+      Step<kColumns, 3>(unit, tokens, a);
+      Step<kColumns, 4>(unit, tokens, a);
+      Step<kColumns, 5>(unit, tokens, a);
+      Step<kColumns, 6>(unit, tokens, a);
+      Step<kColumns, 7>(unit, tokens, a);
       x.Next();
     }
-    NamedBarrier<3, Shape::kThreads>();
-    StoreResults();
+    WaitWarpgroup<0>();
   }
 
-  // The 8 products of a chunk. Operands of a step are decoded while the last one's products run.
-  __device__ __forceinline__ void MultiplySteps(const LaneUnit<Format> (&unit)[2][2],
-                                                uint64_t tokens) {
-    uint32_t a[2][2][4];
-    Step<0>(unit, tokens, a);
-    Step<1>(unit, tokens, a);
-    Step<2>(unit, tokens, a);
-    Step<3>(unit, tokens, a);
-    Step<4>(unit, tokens, a);
-    Step<5>(unit, tokens, a);
-    Step<6>(unit, tokens, a);
-    Step<7>(unit, tokens, a);
-  }
-
-  template <int kStep>
+  // One of the 8 products of a chunk: decoded while the last one runs.
+  template <int kColumns, int kStep>
   __device__ __forceinline__ void Step(const LaneUnit<Format> (&unit)[2][2], uint64_t tokens,
                                        uint32_t (&a)[2][2][4]) {
 #pragma unroll
@@ -272,8 +280,8 @@ class TiledWideBlock {
     }
     const uint64_t b = tokens + (kStep / 4 * kTokens * 128 + kStep % 4 * 32) / 16;
     FenceWarpgroup();
-    WarpgroupF16<kTokens>::Multiply(sum_[0], a[kStep % 2][0], b);
-    WarpgroupF16<kTokens>::Multiply(sum_[1], a[kStep % 2][1], b);
+    WarpgroupF16<kColumns>::Multiply(sum_[0], a[kStep % 2][0], b);
+    WarpgroupF16<kColumns>::Multiply(sum_[1], a[kStep % 2][1], b);
     CommitWarpgroup();
     WaitWarpgroup<1>();
   }
@@ -318,8 +326,7 @@ class TiledWideBlock {
       const float2 sum = *reinterpret_cast<const float2*>(&staged.sum[tile][token][n]);
       const float factor = m_.factor[token];
       const int64_t at = m_.pair[token] * args_.y_pitch + row;
-      Store(args_.y, at, args_.y_type, sum.x * scale.x * factor);
-      Store(args_.y, at + 1, args_.y_type, sum.y * scale.y * factor);
+      StoreTwo(args_.y, at, args_.y_type, sum.x * scale.x * factor, sum.y * scale.y * factor);
     }
   }
 
@@ -333,7 +340,7 @@ class TiledWideBlock {
     const bool present = row < args_.rows;
     const float2 gate_scale = Normalisers(0, n), up_scale = Normalisers(tile, n);
     half* y = static_cast<half*>(args_.y) + row / 128 * 128 + WidePlace(row % 128);
-#pragma unroll 1
+#pragma unroll 4
     for (int token = threadIdx.x / 32 % 4; token < tile_.count; token += 4) {
       const float factor = m_.factor[token], h_factor = m_.h_factor[token];
       const float2 gate = *reinterpret_cast<const float2*>(&staged.sum[0][token][n]);

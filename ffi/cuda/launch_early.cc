@@ -1,0 +1,29 @@
+#include "ffi/cuda/launch_early.h"
+
+#include <cstdlib>
+
+namespace jax_moe::cuda {
+
+bool IsHopper() {
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major == 9;
+}
+
+cudaError_t LaunchEarly(const void* kernel, dim3 grid, int threads, size_t shared_bytes,
+                        cudaStream_t stream, void** parameters) {
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = std::getenv("JAX_MOE_NO_PDL") == nullptr && IsHopper() ? 1 : 0;
+  return cudaLaunchKernelExC(&config, kernel, parameters);
+}
+
+}  // namespace jax_moe::cuda

@@ -1,0 +1,23 @@
+// Launches that may begin while the kernel before them in the stream ends, on devices that can: the
+// kernel calls WaitForEarlierKernels (hopper.cuh).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+namespace jax_moe::cuda {
+
+// Whether the current device has compute capability 9.0, for which there are kernels of their own.
+bool IsHopper();
+
+cudaError_t LaunchEarly(const void* kernel, dim3 grid, int threads, size_t shared_bytes,
+                        cudaStream_t stream, void** parameters);
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchEarly(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
+                        cudaStream_t stream, const Arguments&... arguments) {
+  void* parameters[] = {const_cast<Arguments*>(&arguments)...};
+  return LaunchEarly(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes, stream,
+                     parameters);
+}
+
+}  // namespace jax_moe::cuda
