@@ -30,6 +30,7 @@ MAX_NAME_BYTES = 1 << 10
 MAX_DIMS = 4
 MAX_ALIGNMENT = 1 << 20
 
+_READ_AHEAD = 128 << 10
 _MIN_BYTES = 24  # magic, version and two counts
 
 
@@ -78,19 +79,21 @@ class TensorInfo:
             raise self._header.error(f"tensor {self.name!r} has unknown type {self.ggml_type}")
         return np.frombuffer(self._header.buffer, np.uint8, self.nbytes, self.offset)
 
-    def will_need(self) -> None:
-        """Tells the kernel to read the data ahead."""
-        self._advise("MADV_WILLNEED")
+    def will_need(self, start: int, stop: int) -> None:
+        """Tells the kernel to read these bytes of the data ahead."""
+        # Linux reads no more at a time than the device's read-ahead, which is 128 KiB by default.
+        for begin in range(start, stop, _READ_AHEAD):
+            self._advise("MADV_WILLNEED", begin, min(begin + _READ_AHEAD, stop))
 
     def release(self) -> None:
         """Lets go of the memory that holds the data; `bytes` reads it again where it is used."""
-        self._advise("MADV_DONTNEED")
+        self._advise("MADV_DONTNEED", 0, self.nbytes or 0)
 
-    def _advise(self, advice: str) -> None:
-        if hasattr(mmap, advice) and self.nbytes:
-            start = self.offset - self.offset % mmap.PAGESIZE
-            nbytes = self.offset + self.nbytes - start
-            self._header.buffer.madvise(getattr(mmap, advice), start, nbytes)
+    def _advise(self, advice: str, start: int, stop: int) -> None:
+        if hasattr(mmap, advice) and start < stop:
+            first = self.offset + start
+            first -= first % mmap.PAGESIZE
+            self._header.buffer.madvise(getattr(mmap, advice), first, self.offset + stop - first)
 
 
 class Header:

@@ -9,7 +9,8 @@ from typing import Any
 
 from jax_moe._gguf.header import TensorInfo
 
-_CHUNK = 32 << 20
+_CHUNK = 16 << 20
+_AHEAD = 4  # chunks that the disk is asked for while one is looked at
 _PAGE = 4096
 PATIENCE = 1.0  # seconds until the bar appears
 
@@ -30,23 +31,23 @@ def read(
     ordered = sorted(tensors.items(), key=lambda item: (str(item[1].path), item[1].offset))
     total = sum(tensor.nbytes or 0 for _, tensor in ordered)
     bar = _Bar(label, total, sys.stderr.isatty() if progress is None else progress)
-    for _, tensor in ordered:
-        tensor.will_need()
+    chunks = [
+        (key, tensor, start, min(start + _CHUNK, tensor.nbytes or 0))
+        for key, tensor in ordered
+        for start in range(0, tensor.nbytes or 1, _CHUNK)
+    ]
+    asked = 0
     try:
-        for key, tensor in ordered:
-            for nbytes in _touch(tensor):
-                bar.advance(nbytes)
-            yield key
+        for i, (key, tensor, start, stop) in enumerate(chunks):
+            for _, ahead, *part in chunks[asked : i + 1 + _AHEAD]:
+                ahead.will_need(*part)
+            asked = i + 1 + _AHEAD
+            tensor.bytes()[start:stop:_PAGE].max(initial=0)
+            bar.advance(stop - start)
+            if stop == (tensor.nbytes or 0):
+                yield key
     finally:
         bar.close()
-
-
-def _touch(tensor: TensorInfo) -> Iterator[int]:
-    data = tensor.bytes()
-    for start in range(0, len(data), _CHUNK):
-        chunk = data[start : start + _CHUNK]
-        chunk[::_PAGE].max()
-        yield len(chunk)
 
 
 class _Bar:
