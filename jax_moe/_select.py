@@ -70,6 +70,7 @@ def select_kernel(op: str, *args: Any, platform: str | None = None, **kwargs: An
             variant=0 if variant is None else variant.value,
             x_dtype=gemm.x_dtype.name,
             y_dtype=gemm.y_dtype.name,
+            capability=_compute_capability(),
         )
     elif op == "moe_ffn":
         ffn = ffn_problem(*args, **kwargs)
@@ -84,10 +85,19 @@ def select_kernel(op: str, *args: Any, platform: str | None = None, **kwargs: An
             down_format=_format_on(platform, ffn.formats[2]),
             variant=0 if variant is None else variant.value,
             x_dtype=ffn.x_dtype.name,
+            capability=_compute_capability(),
         )
     else:
         raise ValueError(f"op is 'moe_gemm' or 'moe_ffn', not {op!r}.")
     return KernelInfo(variant=variant, platform=platform, **described)
+
+
+def _compute_capability() -> int:
+    """Of the default GPU, like 90; that of Hopper where there is none."""
+    if jax.default_backend() != "gpu":
+        return 90
+    major, _, minor = getattr(jax.devices()[0], "compute_capability", "9.0").partition(".")
+    return 10 * int(major) + int(minor or 0)
 
 
 def _format_on(platform: str, format: int) -> int:

@@ -14,11 +14,13 @@ __device__ __forceinline__ void LoadValues(const CombineArgs& args, int64_t pair
   const int64_t at = pair * args.columns + column;
   if (args.scaled_values == nullptr) {
     for (int i = 0; i < kColumns; ++i) value[i] = args.values[at + i];
-  } else if constexpr (kColumns == 4) {
-    const uint2 bits = *reinterpret_cast<const uint2*>(args.scaled_values + at);
-    const float2 low = __half22float2(*reinterpret_cast<const half2*>(&bits.x));
-    const float2 high = __half22float2(*reinterpret_cast<const half2*>(&bits.y));
-    value[0] = low.x, value[1] = low.y, value[2] = high.x, value[3] = high.y;
+  } else if constexpr (kColumns == 8) {
+    const uint4 bits = *reinterpret_cast<const uint4*>(args.scaled_values + at);
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+    for (int i = 0; i < 4; ++i) {
+      const float2 two = __half22float2(*reinterpret_cast<const half2*>(&words[i]));
+      value[2 * i] = two.x, value[2 * i + 1] = two.y;
+    }
   } else {
     for (int i = 0; i < kColumns; ++i) value[i] = __half2float(args.scaled_values[at + i]);
   }
@@ -81,10 +83,13 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t LaunchCombine(const CombineArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) return cudaSuccess;
-  const int columns = args.columns % 4 == 0 ? 4 : 1;
+  const int columns =
+      args.scaled_values != nullptr && args.columns % 8 == 0 ? 8 : args.columns % 4 == 0 ? 4 : 1;
   const int64_t blocks_a_token = (args.columns + kThreads * columns - 1) / (kThreads * columns);
   const unsigned blocks = static_cast<unsigned>(args.tokens * blocks_a_token);
-  if (columns == 4) {
+  if (columns == 8) {
+    Combine<8><<<blocks, kThreads, 0, stream>>>(args, blocks_a_token);
+  } else if (columns == 4) {
     Combine<4><<<blocks, kThreads, 0, stream>>>(args, blocks_a_token);
   } else {
     Combine<1><<<blocks, kThreads, 0, stream>>>(args, blocks_a_token);

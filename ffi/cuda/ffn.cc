@@ -43,6 +43,8 @@ cudaError_t RunDown(const Ffn& ffn, const PreparedRows& h, cudaStream_t stream) 
   args.experts = ffn.experts;
   args.tokens = static_cast<int32_t>(ffn.tokens);
   args.top_k = ffn.top_k;
+  // Enough parts for the eight warps of a block.
+  args.log_splits = ffn.pairs >= 8 ? 0 : ffn.pairs >= 4 ? 1 : 2;
   args.weights = ffn.weights_before ? nullptr : ffn.weights;
   args.projection = ffn.down_projection;
   args.y = ffn.y;

@@ -1,8 +1,8 @@
 // The down projection, the routing weights and the sum over slots in one kernel, for up to 32 pairs.
 //
-// A block owns 16 columns of y for all tokens. Four warps share a tile (up to 8 pairs of one expert),
-// each with every fourth 256 columns of h, and every other tile is theirs: a warp's bytes come through
-// one ring across all of its tiles. What each found of every pair is added in a fixed order.
+// A block owns 16 columns of y for all tokens. A team of 1, 2 or 4 of its warps shares a tile (up to 8
+// pairs of one expert), each with every 1st, 2nd or 4th 256 columns of h, and teams take turns at tiles: a
+// warp's bytes come through one ring across all of its tiles. What each found of every pair is added in a fixed order.
 #pragma once
 
 #include "ffi/cuda/tiled_narrow.cuh"
@@ -14,13 +14,12 @@ struct TiledDownShape {
   using Narrow = TiledNarrowShape<Format>;
   static constexpr int kPairs = 32;
   static constexpr int kWarps = 8;
-  static constexpr int kSplits = 4;
-  static constexpr int kTeams = kWarps / kSplits;
+  static constexpr int kMostSplits = 4;
 
   struct alignas(16) Memory {
     uint8_t ring[kWarps][Narrow::kStages][Narrow::kStageBytes];
     uint64_t full[kWarps][Narrow::kStages];
-    float sums[kPairs][kSplits][Narrow::kRows + 1];
+    float sums[kPairs][kMostSplits][Narrow::kRows + 1];
     int32_t first[kWarps][kPairs];  // pair of every tile
     int32_t expert[kWarps][kPairs];
     int32_t pair[kWarps][Narrow::kTokens];
@@ -35,7 +34,8 @@ __global__ void __launch_bounds__(32 * TiledDownShape<Format>::kWarps, 2)
   extern __shared__ __align__(128) uint8_t shared[];
   auto& memory = *reinterpret_cast<typename Down::Memory*>(shared);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int team = warp / Down::kSplits, split = warp % Down::kSplits;
+  const int splits = 1 << args.log_splits, teams = Down::kWarps >> args.log_splits;
+  const int team = warp >> args.log_splits, split = warp & (splits - 1);
   LetNextKernelStart();
   // Tiles from the ids, which are older than the kernel before this one.
   const int pairs = args.tokens * args.top_k;
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(32 * TiledDownShape<Format>::kWarps, 2)
   __syncwarp();
   const int tiles = __popc(beginnings);
 
-  const int row0 = blockIdx.x * Shape::kRows, stride = Down::kSplits * Shape::kStep;
+  const int row0 = blockIdx.x * Shape::kRows, stride = splits * Shape::kStep;
   WarpRing<Format> ring(memory.ring[warp], memory.full[warp]);
   // The steps of the team's tiles, one after another.
   const int band_bytes = TiledRow<Format>::BandBytes(args.columns);
@@ -65,10 +65,10 @@ __global__ void __launch_bounds__(32 * TiledDownShape<Format>::kWarps, 2)
                             memory.expert[warp][fetch_tile] * args.matrix.expert_bytes +
                             row0 * args.row_bytes;
       ring.Fetch({band + fetch_at, min(Shape::kStageBytes, band_bytes - fetch_at)});
-      fetch_at += Down::kSplits * Shape::kStageBytes;
+      fetch_at += splits * Shape::kStageBytes;
       if (fetch_at >= band_bytes) {
         fetch_at = first_at;
-        fetch_tile += Down::kTeams;
+        fetch_tile += teams;
       }
     }
   };
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(32 * TiledDownShape<Format>::kWarps, 2)
   };
   float2 next = aux_of(team);
   WaitForEarlierKernels();
-  for (int tile = team; tile < tiles; tile += Down::kTeams) {
+  for (int tile = team; tile < tiles; tile += teams) {
     const int first = memory.first[warp][tile];
     const unsigned members = __shfl_sync(0xffffffffu, same, first);
     const int index = rank - __shfl_sync(0xffffffffu, rank, first);
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(32 * TiledDownShape<Format>::kWarps, 2)
     const half* x_row = nullptr;
     if (g < count) x_row = args.h + memory.pair[warp][g] * args.h_pitch;
     const float normaliser[2] = {next.x, next.y};
-    next = aux_of(tile + Down::kTeams);
+    next = aux_of(tile + teams);
     const float factors[2] = {0x1p24f / normaliser[0], 0x1p24f / normaliser[1]};
     float sum[2][4] = {};
     for (int column = split * Shape::kStep; column < args.columns; column += stride) {
@@ -116,15 +116,28 @@ __global__ void __launch_bounds__(32 * TiledDownShape<Format>::kWarps, 2)
   const Projection& p = args.projection;
   for (int token = threadIdx.x / Shape::kRows; token < args.tokens;
        token += 32 * Down::kWarps / Shape::kRows) {
+    // Slots are read several at a time and added one after another.
+    constexpr int kBatch = 8;
     float y = 0;
-    for (int slot = 0; slot < args.top_k; ++slot) {
-      const int pair = token * args.top_k + slot, expert = args.expert_ids[pair];
-      if (expert < 0 || expert >= args.experts) continue;
-      float value = 0;
+    for (int slot = 0; slot < args.top_k; slot += kBatch) {
+      int expert[kBatch];
+      float scale[kBatch], weight[kBatch];
 #pragma unroll
-      for (int s = 0; s < Down::kSplits; ++s) value += memory.sums[pair][s][row];
-      value = FinishProjection(p, value * args.h_scales[pair], expert, row0 + row);
-      y += args.weights == nullptr ? value : value * args.weights[pair];
+      for (int i = 0; i < kBatch; ++i) {
+        const int pair = token * args.top_k + slot + i;
+        const bool there = slot + i < args.top_k;
+        expert[i] = there ? args.expert_ids[pair] : -1;
+        scale[i] = there ? args.h_scales[pair] : 0.0f;
+        weight[i] = there && args.weights != nullptr ? args.weights[pair] : 1.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (expert[i] < 0 || expert[i] >= args.experts) continue;
+        const int pair = token * args.top_k + slot + i;
+        float value = 0;
+        for (int s = 0; s < splits; ++s) value += memory.sums[pair][s][row];
+        y += FinishProjection(p, value * scale[i], expert[i], row0 + row) * weight[i];
+      }
     }
     Store(args.y, token * args.y_pitch + row0 + row, args.y_type, y);
   }

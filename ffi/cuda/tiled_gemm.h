@@ -63,6 +63,7 @@ struct TiledDownArgs {
   int64_t h_pitch;
   const int32_t* expert_ids;
   int32_t experts, tokens, top_k;
+  int32_t log_splits;    // log2 of the warps, at most 4, that share a tile
   const float* weights;  // [tokens, top_k]; null: 1
   Projection projection;
   void* y;  // [tokens, y_pitch], y_pitch a multiple of 16: the matrix' rows

@@ -357,8 +357,30 @@ class NarrowWarp {
   // h_factor are those of token lane / 4.
   __device__ __forceinline__ void Store(const WarpTile& tile, int band, float factor,
                                         float h_factor) const {
-    const int row = lane_ % Shape::kRows, n = band * Shape::kRows + row;
-    const int first_warp = warp_ & ~(splits_ - 1);
+    const int n = band * Shape::kRows + lane_ % Shape::kRows;
+    if (!args_.activate) {
+      ForEachToken(tile, factor, h_factor, [&](int pair, float first, float, float) {
+        cuda::Store(args_.y, pair * args_.y_pitch + n, args_.y_type, first);
+      });
+      return;
+    }
+    const RowFinish finish(args_, tile.expert, n);
+    half* y = static_cast<half*>(args_.y) + n / 128 * 128 + NarrowPlace(n % 128);
+    WithActivation(args_.activation, [&](auto activation) {
+      ForEachToken(tile, factor, h_factor,
+                   [&](int pair, float first, float second, float pair_h_factor) {
+                     y[pair * args_.y_pitch] = finish.Activate<decltype(activation)::value>(
+                         args_, first, matrices_ == 2 ? second : first, pair_h_factor);
+                   });
+    });
+  }
+
+  // f(pair, sum of the first matrix, of the second, factor of h).
+  template <typename F>
+  __device__ __forceinline__ void ForEachToken(const WarpTile& tile, float factor, float h_factor,
+                                               F f) const {
+    const int row = lane_ % Shape::kRows, first_warp = warp_ & ~(splits_ - 1);
+#pragma unroll 1
     for (int base = 2 * split_; base < tile.count; base += 2 * splits_) {
       const int token = base + lane_ / Shape::kRows, source = 4 * min(token, Shape::kTokens - 1);
       const int pair = __shfl_sync(0xffffffffu, tile.pair, source);
@@ -370,15 +392,7 @@ class NarrowWarp {
         first += m_.sums[first_warp + s][0][token][row];
         if (matrices_ == 2) second += m_.sums[first_warp + s][1][token][row];
       }
-      first *= pair_factor;
-      if (!args_.activate) {
-        cuda::Store(args_.y, pair * args_.y_pitch + n, args_.y_type, first);
-        continue;
-      }
-      second *= pair_factor;
-      static_cast<half*>(args_.y)[pair * args_.y_pitch + n / 128 * 128 + NarrowPlace(n % 128)] =
-          ActivateToHalf(args_, first, matrices_ == 2 ? second : first, tile.expert, n,
-                         pair_h_factor);
+      f(pair, first * pair_factor, second * pair_factor, pair_h_factor);
     }
   }
 

@@ -9,8 +9,6 @@
 
 #include <cuda_fp16.h>
 
-#include <type_traits>
-
 #include "ffi/blocks/formats.h"
 
 namespace jax_moe::cuda {
@@ -167,8 +165,9 @@ struct TableFields {
 
 // --- Formats: what lies in which plane ------------------------------------------------------------
 //
-// kChunks of an atom; kBias: what fields have too much; kScaleWords: what Load fills besides the
-// fields; Scale: the group's scale and, with an offset, its offset, in float32.
+// kChunks of an atom; kBias: what fields have too much; kCentre: about what the offset takes from fields,
+// in scales; kScaleWords: what Load fills besides the fields; Scale: the group's scale and, with an
+// offset, its offset, in float32.
 
 JM_HD constexpr NibbleTable Flipped(const NibbleTable& table) {
   return {{table.word[0] ^ 0x80808080u, table.word[1] ^ 0x80808080u, table.word[2] ^ 0x80808080u,
@@ -188,7 +187,7 @@ struct TiledUnit;
 template <typename Format, typename FieldsType, int kBiasValue>
 struct HalfScaled {
   using Fields = FieldsType;
-  static constexpr int kChunks = 1, kScaleWords = 1, kBias = kBiasValue;
+  static constexpr int kChunks = 1, kScaleWords = 1, kBias = kBiasValue, kCentre = 0;
   using Place = TiledPlace<kChunks>;
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int) {
     return {HalfBits(s[0]), 0.0f};
@@ -196,10 +195,10 @@ struct HalfScaled {
 };
 
 // An f16 scale and an f16 minimum a unit.
-template <typename Format, typename FieldsType>
+template <typename Format, typename FieldsType, int kCentreValue>
 struct HalfScaledWithMinimum {
   using Fields = FieldsType;
-  static constexpr int kChunks = 1, kScaleWords = 1, kBias = 0;
+  static constexpr int kChunks = 1, kScaleWords = 1, kBias = 0, kCentre = kCentreValue;
   using Place = TiledPlace<kChunks>;
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int) {
     return {HalfBits(s[0] & 0xffffu), HalfBits(s[0] >> 16)};
@@ -219,7 +218,7 @@ struct TiledUnit<Q4_0> : HalfScaled<Q4_0, Fields4, 8> {
 };
 
 template <>
-struct TiledUnit<Q4_1> : HalfScaledWithMinimum<Q4_1, Fields4> {
+struct TiledUnit<Q4_1> : HalfScaledWithMinimum<Q4_1, Fields4, 8> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<1>(atom + at.Unit(16, 4), s);
@@ -236,7 +235,7 @@ struct TiledUnit<Q5_0> : HalfScaled<Q5_0, Fields5, 16> {
 };
 
 template <>
-struct TiledUnit<Q5_1> : HalfScaledWithMinimum<Q5_1, Fields5> {
+struct TiledUnit<Q5_1> : HalfScaledWithMinimum<Q5_1, Fields5, 16> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<1>(atom + at.Unit(16, 4), q + 4);
@@ -264,7 +263,7 @@ struct TiledUnit<IQ4_NL> : HalfScaled<IQ4_NL, TableFields<Iq4Table>, 128> {
 template <>
 struct TiledUnit<MXFP4> {
   using Fields = TableFields<E2M1Table>;
-  static constexpr int kChunks = 1, kScaleWords = 1, kBias = 128;
+  static constexpr int kChunks = 1, kScaleWords = 1, kBias = 128, kCentre = 0;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
@@ -279,7 +278,7 @@ struct TiledUnit<MXFP4> {
 template <>
 struct TiledUnit<NVFP4> {
   using Fields = TableFields<E2M1Table>;
-  static constexpr int kChunks = 1, kScaleWords = 1, kBias = 128;
+  static constexpr int kChunks = 1, kScaleWords = 1, kBias = 128, kCentre = 0;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
@@ -291,6 +290,11 @@ struct TiledUnit<NVFP4> {
   }
 };
 
+// An integer below 2^23, without the conversion unit, which has a quarter of the rate.
+__device__ __forceinline__ float SmallFloat(uint32_t x) {
+  return __uint_as_float(0x4b000000u | x) - 8388608.0f;
+}
+
 // The 24 bits of lane t in 12 bytes.
 __device__ __forceinline__ uint32_t ThreeBytes(const uint32_t* words, int t) {
   const uint32_t low = t < 2 ? words[0] : t == 2 ? words[1] : words[2];
@@ -300,29 +304,21 @@ __device__ __forceinline__ uint32_t ThreeBytes(const uint32_t* words, int t) {
          0x00ffffffu;
 }
 
-// d, dmin, and 6 bits of scale and minimum a unit. The products are made in f16, with one rounding as
-// from float32: d times the normaliser and the integers are exact there.
-template <typename FieldsType>
+// d, dmin, and 6 bits of scale and minimum a unit.
+template <typename FieldsType, int kCentreValue>
 struct SixBitScaled {
   using Fields = FieldsType;
-  static constexpr int kChunks = 2, kScaleWords = 4, kBias = 0;
+  static constexpr int kChunks = 2, kScaleWords = 4, kBias = 0, kCentre = kCentreValue;
   using Place = TiledPlace<kChunks>;
-  static __device__ __forceinline__ void Scale(const uint32_t* s, const Place& at, float normaliser,
-                                               half2& scale, half2& offset) {
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
     const float2 d = __half22float2(Halves(s[0]));
-    // The minimum times 2^10, so that it is no subnormal number.
-    const half2 factors = __floats2half2_rn(d.x * normaliser, d.y * (normaliser * 0x1p-14f));
     const uint32_t bits = ThreeBytes(s + 1, at.unit) >> 12 * at.chunk;
-    // 1024 + q is 0x6400 | q.
-    const uint32_t biased = (bits & 0x3fu) | (bits << 10 & 0x003f0000u) | 0x64006400u;
-    const half2 both = __hmul2(__hsub2(Halves(biased), BothHalves(1024.0f)), factors);
-    scale = __low2half2(both);
-    offset = __hmul2(__high2half2(both), BothHalves(-0x1p-10f));
+    return {d.x * SmallFloat(bits & 63), -(d.y * SmallFloat(bits >> 6 & 63))};
   }
 };
 
 template <>
-struct TiledUnit<Q4_K> : SixBitScaled<Fields4> {
+struct TiledUnit<Q4_K> : SixBitScaled<Fields4, 8> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<4>(atom + at.Row(16, 0, 16), s);
@@ -330,7 +326,7 @@ struct TiledUnit<Q4_K> : SixBitScaled<Fields4> {
 };
 
 template <>
-struct TiledUnit<Q5_K> : SixBitScaled<Fields5> {
+struct TiledUnit<Q5_K> : SixBitScaled<Fields5, 16> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<1>(atom + at.Unit(16, 4), q + 4);
@@ -341,7 +337,7 @@ struct TiledUnit<Q5_K> : SixBitScaled<Fields5> {
 template <>
 struct TiledUnit<Q6_K> {
   using Fields = Fields6;
-  static constexpr int kChunks = 2, kScaleWords = 2, kBias = 32;
+  static constexpr int kChunks = 2, kScaleWords = 2, kBias = 32, kCentre = 0;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
@@ -357,7 +353,7 @@ struct TiledUnit<Q6_K> {
 template <>
 struct TiledUnit<Q3_K> {
   using Fields = Fields3;
-  static constexpr int kChunks = 2, kScaleWords = 4, kBias = 4;
+  static constexpr int kChunks = 2, kScaleWords = 4, kBias = 4, kCentre = 0;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
@@ -367,14 +363,14 @@ struct TiledUnit<Q3_K> {
   }
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int group) {
     const uint32_t bits = ThreeBytes(s, at.unit) >> (12 * at.chunk + 6 * group) & 63;
-    return {HalfBits(s[3]) * static_cast<float>(static_cast<int>(bits) - 32), 0.0f};
+    return {HalfBits(s[3]) * (SmallFloat(bits) - 32.0f), 0.0f};
   }
 };
 
 template <>
 struct TiledUnit<Q2_K> {
   using Fields = Fields2;
-  static constexpr int kChunks = 2, kScaleWords = 2, kBias = 0;
+  static constexpr int kChunks = 2, kScaleWords = 2, kBias = 0, kCentre = 2;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
@@ -383,15 +379,15 @@ struct TiledUnit<Q2_K> {
   }
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group) {
     const uint32_t bits = s[0] >> 8 * group;
-    return {HalfBits(s[1] & 0xffffu) * static_cast<float>(static_cast<int>(bits & 15)),
-            -(HalfBits(s[1] >> 16) * static_cast<float>(static_cast<int>(bits >> 4 & 15)))};
+    return {HalfBits(s[1] & 0xffffu) * SmallFloat(bits & 15),
+            -(HalfBits(s[1] >> 16) * SmallFloat(bits >> 4 & 15))};
   }
 };
 
 template <>
 struct TiledUnit<IQ4_XS> {
   using Fields = TableFields<Iq4Table>;
-  static constexpr int kChunks = 2, kScaleWords = 2, kBias = 128;
+  static constexpr int kChunks = 2, kScaleWords = 2, kBias = 128, kCentre = 0;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
@@ -401,7 +397,7 @@ struct TiledUnit<IQ4_XS> {
     // 48 bits that follow the 16 of d.
     const int shift = 16 + 12 * at.unit + 6 * at.chunk;
     const uint32_t six = (shift < 32 ? __funnelshift_r(s[0], s[1], shift) : s[1] >> (shift - 32)) & 63;
-    return {HalfBits(s[0] & 0xffffu) * static_cast<float>(static_cast<int>(six) - 32), 0.0f};
+    return {HalfBits(s[0] & 0xffffu) * (SmallFloat(six) - 32.0f), 0.0f};
   }
 };
 #undef JM_LOAD
@@ -431,18 +427,17 @@ class LaneUnit {
     }
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      half2 scale;
-      if constexpr (std::is_base_of_v<SixBitScaled<Fields>, Tiled>) {
-        Tiled::Scale(s, at, normaliser, scale, offset_[group]);
+      const Affine affine = Tiled::Scale(s, at, group);
+      half2 scale = BothHalves(affine.scale * normaliser);
+      if constexpr (Format::kHasOffset) {
+        // Fields less kCentre: what is left of the offset is small, and so is what rounding takes
+        // from it.
+        offset_[group] = BothHalves(fmaf(affine.scale, static_cast<float>(Tiled::kCentre),
+                                         affine.offset) *
+                                    (normaliser * 0x1p-24f));
       } else {
-        const Affine affine = Tiled::Scale(s, at, group);
-        scale = BothHalves(affine.scale * normaliser);
-        if constexpr (Format::kHasOffset) {
-          offset_[group] = BothHalves(affine.offset * (normaliser * 0x1p-24f));
-        } else {
-          // A multiple of the rounded scale, so that a field of kBias is exactly zero.
-          offset_[group] = __hmul2(scale, BothHalves(-Tiled::kBias * 0x1p-24f));
-        }
+        // A multiple of the rounded scale, so that a field of kBias is exactly zero.
+        offset_[group] = __hmul2(scale, BothHalves(-Tiled::kBias * 0x1p-24f));
       }
 #pragma unroll
       for (int p = 0; p < Fields::kPositions; ++p) {
@@ -463,8 +458,14 @@ class LaneUnit {
   template <int i>
   __device__ __forceinline__ uint32_t DecodePair() const {
     constexpr int group = kGroups == 1 ? 0 : i / 8;
-    return Bits(__hfma2(Halves(Fields::template Pair<i>(q_)),
-                        scale_[group][Fields::template kPosition<i>], offset_[group]));
+    constexpr int position = Fields::template kPosition<i>;
+    half2 field = Halves(Fields::template Pair<i>(q_));
+    if constexpr (Tiled::kCentre > 0) {
+      // Both are integers times 2^-24: exact.
+      constexpr uint32_t kCentre = (Tiled::kCentre << position * Fields::kShift) * 0x00010001u;
+      field = __hsub2(field, Halves(kCentre));
+    }
+    return Bits(__hfma2(field, scale_[group][position], offset_[group]));
   }
 
   uint32_t q_[Fields::kWords];

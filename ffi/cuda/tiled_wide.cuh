@@ -28,11 +28,13 @@ struct TiledWideShape {
   static constexpr int kWeightBytes = kBands * kAtomBytes;    // a stage
   static constexpr int kTokenBytes = kTokens * 2 * kChunk;    // a stage
   static constexpr int kBudget = (232448 - 1024 * kBlocks) / kBlocks - 4096;
-  // Two stages of tokens at least; what is left goes to weights first.
+  // Weights of 4 chunks ahead where tensor cores are the limit, more where memory is; then tokens.
+  static constexpr int kMostWeightStages = kTokens >= 128 ? 4 / kAtomChunks : 4;
   static constexpr int kWeightStages =
-      std::max(2, std::min(4, (kBudget - 3 * kTokenBytes) / kWeightBytes));
+      std::max(2, std::min(kMostWeightStages, (kBudget - 3 * kTokenBytes) / kWeightBytes));
   static constexpr int kTokenStages =
       std::max(2, std::min(4, (kBudget - kWeightStages * kWeightBytes) / kTokenBytes));
+  // Chunks of tokens on their way; with one place more, none waits for a consumer that waits for it.
   static constexpr int kLookahead = std::min(2, kTokenStages - 1);
 
   struct Memory {
@@ -146,6 +148,14 @@ class TiledWideBlock {
     RingPosition<Shape::kWeightStages> w;
     RingPosition<Shape::kTokenStages> x, arrived;
     for (int chunk = 0; chunk < chunks_ + Shape::kLookahead; ++chunk) {
+      // Told before any place is waited for: consumers leave a chunk's place when they have the next
+      // chunk.
+      if (chunk >= Shape::kLookahead) {
+        WaitCopies<Shape::kLookahead - 1>();
+        FenceAsyncProxy();
+        Arrive(m_.tokens_full + arrived.stage);
+        arrived.Next();
+      }
       if (chunk < chunks_) {
         if (chunk % Shape::kAtomChunks == 0) {
           if (threadIdx.x < 32) {
@@ -174,12 +184,6 @@ class TiledWideBlock {
         x.Next();
       }
       CommitCopies();
-      if (chunk >= Shape::kLookahead) {
-        WaitCopies<Shape::kLookahead>();
-        FenceAsyncProxy();
-        Arrive(m_.tokens_full + arrived.stage);
-        arrived.Next();
-      }
     }
     MakeFactors();
     NamedBarrier<3, Shape::kThreads>();
@@ -318,15 +322,28 @@ class TiledWideBlock {
 
   // A warp takes every fourth token, a lane two rows.
   __device__ __forceinline__ void StoreSums(const typename Shape::Staged& staged, int tile) const {
+    switch (args_.y_type) {
+      case Element::kF32:
+        return StoreSumsAs<Element::kF32>(staged, tile);
+      case Element::kF16:
+        return StoreSumsAs<Element::kF16>(staged, tile);
+      case Element::kBF16:
+        return StoreSumsAs<Element::kBF16>(staged, tile);
+    }
+  }
+
+  template <Element kType>
+  __device__ __forceinline__ void StoreSumsAs(const typename Shape::Staged& staged,
+                                              int tile) const {
     const int n = threadIdx.x % 32 * 2, row = FirstRow(tile) + n;
     if (row >= args_.rows) return;
     const float2 scale = Normalisers(tile, n);
-#pragma unroll 4
+#pragma unroll 8
     for (int token = threadIdx.x / 32 % 4; token < tile_.count; token += 4) {
       const float2 sum = *reinterpret_cast<const float2*>(&staged.sum[tile][token][n]);
       const float factor = m_.factor[token];
-      const int64_t at = m_.pair[token] * args_.y_pitch + row;
-      StoreTwo(args_.y, at, args_.y_type, sum.x * scale.x * factor, sum.y * scale.y * factor);
+      StoreTwo(args_.y, m_.pair[token] * args_.y_pitch + row, kType, sum.x * scale.x * factor,
+               sum.y * scale.y * factor);
     }
   }
 
@@ -340,20 +357,22 @@ class TiledWideBlock {
     const bool present = row < args_.rows;
     const float2 gate_scale = Normalisers(0, n), up_scale = Normalisers(tile, n);
     half* y = static_cast<half*>(args_.y) + row / 128 * 128 + WidePlace(row % 128);
+    const int finish_row = present ? row : 0;
+    const RowFinish first(args_, tile_.expert, finish_row), second(args_, tile_.expert, finish_row + 1);
+    WithActivation(args_.activation, [&](auto activation) {
 #pragma unroll 4
-    for (int token = threadIdx.x / 32 % 4; token < tile_.count; token += 4) {
-      const float factor = m_.factor[token], h_factor = m_.h_factor[token];
-      const float2 gate = *reinterpret_cast<const float2*>(&staged.sum[0][token][n]);
-      const float2 up = *reinterpret_cast<const float2*>(&staged.sum[tile][token][n]);
-      half2 h = {};
-      if (present) {
-        h.x = ActivateToHalf(args_, gate.x * gate_scale.x * factor, up.x * up_scale.x * factor,
-                             tile_.expert, row, h_factor);
-        h.y = ActivateToHalf(args_, gate.y * gate_scale.y * factor, up.y * up_scale.y * factor,
-                             tile_.expert, row + 1, h_factor);
+      for (int token = threadIdx.x / 32 % 4; token < tile_.count; token += 4) {
+        const float factor = m_.factor[token], h_factor = m_.h_factor[token];
+        const float2 gate = *reinterpret_cast<const float2*>(&staged.sum[0][token][n]);
+        const float2 up = *reinterpret_cast<const float2*>(&staged.sum[tile][token][n]);
+        half2 h;
+        h.x = first.Activate<decltype(activation)::value>(args_, gate.x * gate_scale.x * factor,
+                                           up.x * up_scale.x * factor, h_factor);
+        h.y = second.Activate<decltype(activation)::value>(args_, gate.y * gate_scale.y * factor,
+                                            up.y * up_scale.y * factor, h_factor);
+        *reinterpret_cast<half2*>(y + m_.pair[token] * args_.y_pitch) = present ? h : half2{};
       }
-      *reinterpret_cast<half2*>(y + m_.pair[token] * args_.y_pitch) = h;
-    }
+    });
   }
 
   const TiledArgs& args_;

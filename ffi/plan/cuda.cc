@@ -44,8 +44,8 @@ CudaTile ChooseCudaTile(int64_t pairs, int64_t experts) {
 CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, bool hopper) {
   const double mean =
       static_cast<double>(pairs) / static_cast<double>(std::max<int64_t>(experts, 1));
-  if (!hopper || mean <= 8) return CudaTiledTile::kNarrow;
-  return mean <= 28 ? CudaTiledTile::k32 : mean <= 60 ? CudaTiledTile::k64 : CudaTiledTile::k128;
+  if (!hopper || mean <= 6) return CudaTiledTile::kNarrow;
+  return mean <= 24 ? CudaTiledTile::k32 : mean <= 48 ? CudaTiledTile::k64 : CudaTiledTile::k128;
 }
 
 int ChooseCudaTiledLogSplits(int64_t items, int64_t places, int64_t k) {
@@ -72,17 +72,34 @@ CudaTileShape ShapeOfCudaTile(CudaTile tile, bool packed, Variant variant) {
   return {16, 8};
 }
 
-Kernel CudaKernel(bool is_ffn, Variant variant, bool packed, int x_type, int y_type, int64_t pairs,
-                  int64_t experts, int64_t workspace_bytes) {
+namespace {
+
+// What the kernels for both layouts guarantee.
+Kernel Guarantees(bool is_ffn, Variant variant, int x_type, int y_type, int64_t workspace_bytes) {
   const bool rounds = variant == Variant::kScalarGguf;
-  const CudaTile tile = ChooseCudaTile(pairs, experts);
-  const CudaTileShape shape = ShapeOfCudaTile(tile, packed, variant);
-  const bool vector = packed && !rounds && tile == CudaTile::kVector;
   const auto element_bound = [](int type) {
     return type == kF32 ? 1e-3 : type == kF16 ? 5e-4 : 2e-3;
   };
   Kernel kernel;
   kernel.variant = variant;
+  kernel.workspace_bytes = workspace_bytes;
+  kernel.accumulator = "float32";
+  kernel.deterministic = true;
+  kernel.rounds_activations = rounds;
+  kernel.error_bound = std::max(element_bound(x_type), element_bound(y_type));
+  if (rounds) kernel.error_bound = std::max(kernel.error_bound, is_ffn ? 2.4e-2 : 1.2e-2);
+  return kernel;
+}
+
+}  // namespace
+
+Kernel CudaKernel(bool is_ffn, Variant variant, bool packed, int x_type, int y_type, int64_t pairs,
+                  int64_t experts, int64_t workspace_bytes) {
+  Kernel kernel = Guarantees(is_ffn, variant, x_type, y_type, workspace_bytes);
+  const bool rounds = variant == Variant::kScalarGguf;
+  const CudaTile tile = ChooseCudaTile(pairs, experts);
+  const CudaTileShape shape = ShapeOfCudaTile(tile, packed, variant);
+  const bool vector = packed && !rounds && tile == CudaTile::kVector;
   kernel.name = rounds   ? "cuda_mma_int8"
                 : vector ? "cuda_dp4a_24bit"
                 : packed ? "cuda_mma_packed"
@@ -90,12 +107,23 @@ Kernel CudaKernel(bool is_ffn, Variant variant, bool packed, int x_type, int y_t
   kernel.arch = "sm_80, sm_90a";
   kernel.tile_rows = shape.rows;
   kernel.tile_tokens = shape.tokens;
-  kernel.workspace_bytes = workspace_bytes;
-  kernel.accumulator = rounds || vector ? "int32 in a group, float32" : "float32";
-  kernel.deterministic = true;
-  kernel.rounds_activations = rounds;
-  kernel.error_bound = std::max(element_bound(x_type), element_bound(y_type));
-  if (rounds) kernel.error_bound = std::max(kernel.error_bound, is_ffn ? 2.4e-2 : 1.2e-2);
+  if (rounds || vector) kernel.accumulator = "int32 in a group, float32";
+  return kernel;
+}
+
+Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int64_t pairs,
+                       int64_t experts, int capability, int64_t workspace_bytes) {
+  Kernel kernel = Guarantees(is_ffn, variant, x_type, y_type, workspace_bytes);
+  const bool hopper = capability / 10 == 9;
+  const CudaTiledTile tile = ChooseCudaTiledTile(pairs, experts, hopper);
+  const bool narrow = tile == CudaTiledTile::kNarrow;
+  const int tokens[] = {8, 32, 64, 128};
+  kernel.name = narrow ? "cuda_tiled_mma" : "cuda_tiled_wgmma";
+  kernel.arch = hopper ? "sm_90a" : "sm_80";
+  kernel.tile_tokens = tokens[static_cast<int>(tile)];
+  kernel.tile_rows = narrow ? 16 : tile == CudaTiledTile::k128 ? 256 : 128;
+  // Scales rounded to f16 add up over the two products.
+  if (is_ffn && kernel.error_bound < 1e-3) kernel.error_bound = 1e-3;
   return kernel;
 }
 

@@ -35,6 +35,10 @@ CudaTileShape ShapeOfCudaTile(CudaTile tile, bool packed, Variant variant);
 Kernel CudaKernel(bool is_ffn, Variant variant, bool packed, int x_type, int y_type, int64_t pairs,
                   int64_t experts, int64_t workspace_bytes);
 
+// The same for tiled weights (docs/kernels.md), on a device of compute capability `capability`, like 90.
+Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int64_t pairs,
+                       int64_t experts, int capability, int64_t workspace_bytes);
+
 // log2 of the warps that share 16 weight rows in a narrow kernel, of which a block has 4. Depends
 // on K alone, so that a token's result has the same bits whatever the batch.
 int ChooseCudaLogSplits(int64_t k);

@@ -82,12 +82,14 @@ bool IsPacked(int format) {
 
 nb::dict Describe(const std::string& platform, bool is_ffn, int variant, int format,
                   const std::string& x_dtype, const std::string& y_dtype, int64_t pairs,
-                  int64_t experts, int64_t workspace_bytes) {
+                  int64_t experts, int capability, int64_t workspace_bytes) {
   const Variant asked = static_cast<Variant>(variant);
   const int x = ElementType(x_dtype), y = ElementType(y_dtype);
   const plan::Kernel kernel =
       platform == "cpu"
           ? plan::CpuKernel(is_ffn, asked, IsPacked(format), x, y, workspace_bytes)
+      : format >= 0 && (format & kTiledFormat) != 0
+          ? plan::CudaTiledKernel(is_ffn, asked, x, y, pairs, experts, capability, workspace_bytes)
           : plan::CudaKernel(is_ffn, asked, IsPacked(format), x, y, pairs, experts,
                              workspace_bytes);
   nb::dict info;
@@ -128,25 +130,25 @@ NB_MODULE(_native, m) {
       "describe_gemm",
       [](const std::string& platform, int64_t tokens, int64_t top_k, int64_t experts, int64_t n,
          int64_t k, bool rows_are_pairs, int format, int variant, const std::string& x_dtype,
-         const std::string& y_dtype) {
+         const std::string& y_dtype, int capability) {
         const int64_t bytes =
             plan::GemmWorkspace({top_k, experts, n, k, rows_are_pairs}).Bytes(tokens);
         return Describe(platform, false, variant, format, x_dtype, y_dtype, tokens * top_k, experts,
-                        bytes);
+                        capability, bytes);
       },
       "platform"_a, "tokens"_a, "top_k"_a, "experts"_a, "n"_a, "k"_a, "rows_are_pairs"_a,
-      "format"_a, "variant"_a, "x_dtype"_a, "y_dtype"_a);
+      "format"_a, "variant"_a, "x_dtype"_a, "y_dtype"_a, "capability"_a);
   m.def(
       "describe_ffn",
       [](const std::string& platform, int64_t tokens, int64_t top_k, int64_t experts,
          int64_t d_model, int64_t d_expert, int down_format, int variant,
-         const std::string& x_dtype) {
+         const std::string& x_dtype, int capability) {
         const int64_t bytes = plan::FfnWorkspace({top_k, experts, d_model, d_expert}).Bytes(tokens);
         return Describe(platform, true, variant, down_format, x_dtype, x_dtype, tokens * top_k,
-                        experts, bytes);
+                        experts, capability, bytes);
       },
       "platform"_a, "tokens"_a, "top_k"_a, "experts"_a, "d_model"_a, "d_expert"_a,
-      "down_format"_a, "variant"_a, "x_dtype"_a);
+      "down_format"_a, "variant"_a, "x_dtype"_a, "capability"_a);
 }
 
 }  // namespace jax_moe

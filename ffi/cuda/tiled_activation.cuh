@@ -1,0 +1,59 @@
+// The activations of the tiled kernels: chosen outside of loops, exponentials of reduced precision (about 2^-20,
+// against h in f16).
+#pragma once
+
+#include <type_traits>
+
+#include "ffi/cuda/activation.cuh"
+
+namespace jax_moe::cuda {
+
+__device__ __forceinline__ float FastSigmoid(float x) {
+  return __fdividef(1.0f, 1.0f + __expf(-x));
+}
+
+template <Activation kActivation>
+__device__ __forceinline__ float FastActivate(float g, float u, float limit, float beta,
+                                              float linear_beta) {
+  switch (kActivation) {
+    case Activation::kSwiglu:
+      return g * FastSigmoid(g) * u;
+    case Activation::kSwigluClamp: {
+      const float a = AtMost(g, limit);
+      return a * FastSigmoid(a) * Clamp(u, limit);
+    }
+    case Activation::kSwigluClampAfter:
+      return AtMost(g * FastSigmoid(g), limit) * Clamp(u, limit);
+    case Activation::kSwigluOai: {
+      const float a = AtMost(g, limit);
+      return a * FastSigmoid(1.702f * a) * (Clamp(u, limit) + 1.0f);
+    }
+    case Activation::kSilu:
+      return u * FastSigmoid(u);
+    default:
+      return Activate(kActivation, g, u, limit, beta, linear_beta);
+  }
+}
+
+// Calls f(std::integral_constant<Activation, A>) for the activation A at hand.
+template <typename F>
+__device__ __forceinline__ void WithActivation(Activation activation, F f) {
+  switch (activation) {
+#define JAX_MOE_ACTIVATION(NAME) \
+  case Activation::NAME:         \
+    return f(std::integral_constant<Activation, Activation::NAME>{});
+    JAX_MOE_ACTIVATION(kSwiglu)
+    JAX_MOE_ACTIVATION(kSwigluClamp)
+    JAX_MOE_ACTIVATION(kSwigluClampAfter)
+    JAX_MOE_ACTIVATION(kGeglu)
+    JAX_MOE_ACTIVATION(kReglu)
+    JAX_MOE_ACTIVATION(kSwigluOai)
+    JAX_MOE_ACTIVATION(kSitu)
+    JAX_MOE_ACTIVATION(kSilu)
+    JAX_MOE_ACTIVATION(kGelu)
+    JAX_MOE_ACTIVATION(kRelu2)
+#undef JAX_MOE_ACTIVATION
+  }
+}
+
+}  // namespace jax_moe::cuda
