@@ -10,7 +10,7 @@ from typing import Any
 from jax_moe._gguf.header import TensorInfo
 
 _CHUNK = 16 << 20
-_AHEAD = 4  # chunks that the disk is asked for while one is looked at
+_AHEAD = 12  # chunks that the disk is asked for beyond the one that is looked at
 _PAGE = 4096
 PATIENCE = 1.0  # seconds until the bar appears
 
