@@ -18,6 +18,8 @@ import jax_moe
 import jax_moe.linen
 import jax_moe.nnx
 
+pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+
 T = 5
 
 # One of each structure: what a block may have besides experts, and every kind of router.
