@@ -55,6 +55,11 @@ enum class Activation : int {
   kRelu2 = 9,             // relu(u)^2
 };
 
+// Calls X(NAME) for every activation.
+#define JAX_MOE_ACTIVATIONS(X)                                                      \
+  X(kSwiglu) X(kSwigluClamp) X(kSwigluClampAfter) X(kGeglu) X(kReglu) X(kSwigluOai) \
+  X(kSitu) X(kSilu) X(kGelu) X(kRelu2)
+
 // ggml_type of the dense element types.
 enum DenseType : int { kF32 = 0, kF16 = 1, kBF16 = 30 };
 

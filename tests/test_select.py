@@ -64,6 +64,39 @@ def test_ffn():
     assert f"tensor<{info.workspace_bytes}xui8>" in text
 
 
+def tiled_ffn(tokens: int, dtype=jnp.float16):
+    weight = oracle.packed("Q4_K", 4, 256, 256)[0].prepack()
+    ids = jax.ShapeDtypeStruct((tokens, 2), jnp.int32)
+    return (
+        jax.ShapeDtypeStruct((tokens, 256), dtype),
+        Routing(ids, jax.ShapeDtypeStruct((tokens, 2), jnp.float32)),
+        Experts(gate=weight, up=weight, down=weight),
+    )
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="asks about a Hopper GPU")
+@pytest.mark.parametrize(
+    ("tokens", "kernel", "tile"),
+    [
+        (1, "cuda_tiled_mma", (16, 8)),
+        (12, "cuda_tiled_mma", (16, 8)),
+        (20, "cuda_tiled_wgmma", (128, 32)),
+        (80, "cuda_tiled_wgmma", (128, 64)),
+        (500, "cuda_tiled_wgmma", (256, 128)),
+    ],
+)
+def test_tiled_weights_on_cuda(tokens, kernel, tile):
+    info = jax_moe.select_kernel("moe_ffn", *tiled_ffn(tokens), platform="cuda")
+    assert (info.kernel, info.tile, info.architecture) == (kernel, tile, "sm_90a")
+    assert info.error_bound == 1e-3 and info.deterministic
+
+
+def test_tiled_weights_have_no_wgmma_before_hopper(monkeypatch):
+    monkeypatch.setattr("jax_moe._select._compute_capability", lambda: 80)
+    info = jax_moe.select_kernel("moe_ffn", *tiled_ffn(500), platform="cuda")
+    assert (info.kernel, info.tile, info.architecture) == ("cuda_tiled_mma", (16, 8), "sm_80")
+
+
 def test_platform_is_checked():
     with pytest.raises(ValueError, match="platform is 'cpu' or 'cuda'"):
         jax_moe.select_kernel("moe_gemm", *gemm_shapes(), top_k=2, platform="tpu")

@@ -99,16 +99,7 @@ void ActivateAny(const ActivateArgs& args) {
 #define JAX_MOE_ACTIVATION(NAME) \
   case Activation::NAME:         \
     return ActivateTile<Activation::NAME>(args);
-    JAX_MOE_ACTIVATION(kSwiglu)
-    JAX_MOE_ACTIVATION(kSwigluClamp)
-    JAX_MOE_ACTIVATION(kSwigluClampAfter)
-    JAX_MOE_ACTIVATION(kGeglu)
-    JAX_MOE_ACTIVATION(kReglu)
-    JAX_MOE_ACTIVATION(kSwigluOai)
-    JAX_MOE_ACTIVATION(kSitu)
-    JAX_MOE_ACTIVATION(kSilu)
-    JAX_MOE_ACTIVATION(kGelu)
-    JAX_MOE_ACTIVATION(kRelu2)
+    JAX_MOE_ACTIVATIONS(JAX_MOE_ACTIVATION)
 #undef JAX_MOE_ACTIVATION
   }
 }

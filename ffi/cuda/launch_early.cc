@@ -1,7 +1,5 @@
 #include "ffi/cuda/launch_early.h"
 
-#include <cstdlib>
-
 namespace jax_moe::cuda {
 
 bool IsHopper() {
@@ -22,7 +20,7 @@ cudaError_t LaunchEarly(const void* kernel, dim3 grid, int threads, size_t share
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &early;
-  config.numAttrs = std::getenv("JAX_MOE_NO_PDL") == nullptr && IsHopper() ? 1 : 0;
+  config.numAttrs = IsHopper() ? 1 : 0;
   return cudaLaunchKernelExC(&config, kernel, parameters);
 }
 
