@@ -5,7 +5,9 @@
 // warp's bytes come through one ring across all of its tiles. What each found of every pair is added in a fixed order.
 #pragma once
 
-#include "ffi/cuda/tiled_narrow.cuh"
+#include "ffi/cuda/tiled_epilogue.cuh"
+#include "ffi/cuda/tiled_step.cuh"
+#include "ffi/cuda/warp_ring.cuh"
 
 namespace jax_moe::cuda {
 

@@ -1,0 +1,291 @@
+// The formats with a tiled layout: what lies in which plane of an atom, and how a group's scale is made of it.
+//
+// kChunks of an atom; kBias: what fields have too much; kCentre: about what the offset takes from fields,
+// in scales; kScaleWords: what Load fills besides the fields; Scale: the group's scale and, with an
+// offset, its offset, in float32.
+#pragma once
+
+#include <cuda_fp16.h>
+
+#include "ffi/blocks/formats.h"
+#include "ffi/cuda/tiled_fields.cuh"
+
+namespace jax_moe::cuda {
+
+__device__ __forceinline__ uint32_t Bits(half2 h) { return *reinterpret_cast<const uint32_t*>(&h); }
+__device__ __forceinline__ half2 Halves(uint32_t bits) {
+  return *reinterpret_cast<const half2*>(&bits);
+}
+__device__ __forceinline__ half2 BothHalves(float x) { return __half2half2(__float2half_rn(x)); }
+__device__ __forceinline__ float HalfBits(uint32_t bits) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
+// Where a lane finds its units: plane offsets within an atom of kChunks chunks of `units` units.
+template <int kChunks>
+struct TiledPlace {
+  int units;  // of this chunk; less than 4 only in the last chunk of a row
+  int chunk;  // of the atom
+  int row;    // 0 .. 15
+  int unit;   // 0 .. units - 1
+
+  // Unit plane that follows `before` bytes a unit, `bytes` bytes a unit itself.
+  __device__ __forceinline__ int Unit(int before, int bytes) const {
+    return 16 * units * kChunks * before + (16 * units * chunk + row * units + unit) * bytes;
+  }
+  // Row plane that follows all unit planes (`before` bytes a unit) and `rows_before` bytes a row.
+  __device__ __forceinline__ int Row(int before, int rows_before, int bytes) const {
+    return 16 * units * kChunks * before + 16 * rows_before + row * bytes;
+  }
+};
+
+template <int kWords>
+__device__ __forceinline__ void LoadWords(const uint8_t* from, uint32_t* to) {
+  if constexpr (kWords == 4) {
+    const uint4 v = *reinterpret_cast<const uint4*>(from);
+    to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
+  } else if constexpr (kWords == 2) {
+    const uint2 v = *reinterpret_cast<const uint2*>(from);
+    to[0] = v.x, to[1] = v.y;
+  } else {
+    for (int i = 0; i < kWords; ++i) to[i] = reinterpret_cast<const uint32_t*>(from)[i];
+  }
+}
+__device__ __forceinline__ uint32_t LoadHalf(const uint8_t* from) {
+  return *reinterpret_cast<const uint16_t*>(from);
+}
+
+JM_HD constexpr NibbleTable Flipped(const NibbleTable& table) {
+  return {{table.word[0] ^ 0x80808080u, table.word[1] ^ 0x80808080u, table.word[2] ^ 0x80808080u,
+           table.word[3] ^ 0x80808080u}};
+}
+struct E2M1Table {
+  static JM_HD constexpr NibbleTable Biased() { return Flipped(DoubledE2M1()); }
+};
+struct Iq4Table {
+  static JM_HD constexpr NibbleTable Biased() { return Flipped(Iq4Values()); }
+};
+
+template <typename Format>
+struct TiledUnit;
+
+// One f16 scale a unit.
+template <typename Format, typename FieldsType, int kBiasValue>
+struct HalfScaled {
+  using Fields = FieldsType;
+  static constexpr int kChunks = 1, kScaleWords = 1, kBias = kBiasValue, kCentre = 0;
+  using Place = TiledPlace<kChunks>;
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int) {
+    return {HalfBits(s[0]), 0.0f};
+  }
+};
+
+// An f16 scale and an f16 minimum a unit.
+template <typename Format, typename FieldsType, int kCentreValue>
+struct HalfScaledWithMinimum {
+  using Fields = FieldsType;
+  static constexpr int kChunks = 1, kScaleWords = 1, kBias = 0, kCentre = kCentreValue;
+  using Place = TiledPlace<kChunks>;
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int) {
+    return {HalfBits(s[0] & 0xffffu), HalfBits(s[0] >> 16)};
+  }
+};
+
+#define JM_LOAD \
+  static __device__ __forceinline__ void Load(const uint8_t* atom, const Place& at, uint32_t* q, \
+                                              uint32_t* s)
+
+template <>
+struct TiledUnit<Q4_0> : HalfScaled<Q4_0, Fields4, 8> {
+  JM_LOAD {
+    LoadWords<4>(atom + at.Unit(0, 16), q);
+    s[0] = LoadHalf(atom + at.Unit(16, 2));
+  }
+};
+
+template <>
+struct TiledUnit<Q4_1> : HalfScaledWithMinimum<Q4_1, Fields4, 8> {
+  JM_LOAD {
+    LoadWords<4>(atom + at.Unit(0, 16), q);
+    LoadWords<1>(atom + at.Unit(16, 4), s);
+  }
+};
+
+template <>
+struct TiledUnit<Q5_0> : HalfScaled<Q5_0, Fields5, 16> {
+  JM_LOAD {
+    LoadWords<4>(atom + at.Unit(0, 16), q);
+    LoadWords<1>(atom + at.Unit(16, 4), q + 4);
+    s[0] = LoadHalf(atom + at.Unit(20, 2));
+  }
+};
+
+template <>
+struct TiledUnit<Q5_1> : HalfScaledWithMinimum<Q5_1, Fields5, 16> {
+  JM_LOAD {
+    LoadWords<4>(atom + at.Unit(0, 16), q);
+    LoadWords<1>(atom + at.Unit(16, 4), q + 4);
+    LoadWords<1>(atom + at.Unit(20, 4), s);
+  }
+};
+
+template <>
+struct TiledUnit<Q8_0> : HalfScaled<Q8_0, Fields8, 128> {
+  JM_LOAD {
+    LoadWords<4>(atom + at.Unit(0, 16), q);
+    LoadWords<4>(atom + at.Unit(16, 16), q + 4);
+    s[0] = LoadHalf(atom + at.Unit(32, 2));
+  }
+};
+
+template <>
+struct TiledUnit<IQ4_NL> : HalfScaled<IQ4_NL, TableFields<Iq4Table>, 128> {
+  JM_LOAD {
+    LoadWords<4>(atom + at.Unit(0, 16), q);
+    s[0] = LoadHalf(atom + at.Unit(16, 2));
+  }
+};
+
+template <>
+struct TiledUnit<MXFP4> {
+  using Fields = TableFields<E2M1Table>;
+  static constexpr int kChunks = 1, kScaleWords = 1, kBias = 128, kCentre = 0;
+  using Place = TiledPlace<kChunks>;
+  JM_LOAD {
+    LoadWords<4>(atom + at.Unit(0, 16), q);
+    s[0] = atom[at.Unit(16, 1)];
+  }
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int) {
+    const uint8_t block[1] = {static_cast<uint8_t>(s[0])};
+    return MXFP4::Group(block, 0);
+  }
+};
+
+template <>
+struct TiledUnit<NVFP4> {
+  using Fields = TableFields<E2M1Table>;
+  static constexpr int kChunks = 1, kScaleWords = 1, kBias = 128, kCentre = 0;
+  using Place = TiledPlace<kChunks>;
+  JM_LOAD {
+    LoadWords<4>(atom + at.Unit(0, 16), q);
+    s[0] = LoadHalf(atom + at.Unit(16, 2));
+  }
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group) {
+    const uint8_t block[1] = {static_cast<uint8_t>(s[0] >> 8 * group)};
+    return NVFP4::Group(block, 0);
+  }
+};
+
+// An integer below 2^23, without the conversion unit, which has a quarter of the rate.
+__device__ __forceinline__ float SmallFloat(uint32_t x) {
+  return __uint_as_float(0x4b000000u | x) - 8388608.0f;
+}
+
+// The 24 bits of lane t in 12 bytes.
+__device__ __forceinline__ uint32_t ThreeBytes(const uint32_t* words, int t) {
+  const uint32_t low = t < 2 ? words[0] : t == 2 ? words[1] : words[2];
+  const uint32_t high = t == 1 ? words[1] : words[2];
+  // Bytes 3 t .. 3 t + 2, counted from the start of `low`.
+  return __byte_perm(low, high, t == 0 ? 0x2210 : t == 1 ? 0x5543 : t == 2 ? 0x4432 : 0x3321) &
+         0x00ffffffu;
+}
+
+// d, dmin, and 6 bits of scale and minimum a unit.
+template <typename FieldsType, int kCentreValue>
+struct SixBitScaled {
+  using Fields = FieldsType;
+  static constexpr int kChunks = 2, kScaleWords = 4, kBias = 0, kCentre = kCentreValue;
+  using Place = TiledPlace<kChunks>;
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
+    const float2 d = __half22float2(Halves(s[0]));
+    const uint32_t bits = ThreeBytes(s + 1, at.unit) >> 12 * at.chunk;
+    return {d.x * SmallFloat(bits & 63), -(d.y * SmallFloat(bits >> 6 & 63))};
+  }
+};
+
+template <>
+struct TiledUnit<Q4_K> : SixBitScaled<Fields4, 8> {
+  JM_LOAD {
+    LoadWords<4>(atom + at.Unit(0, 16), q);
+    LoadWords<4>(atom + at.Row(16, 0, 16), s);
+  }
+};
+
+template <>
+struct TiledUnit<Q5_K> : SixBitScaled<Fields5, 16> {
+  JM_LOAD {
+    LoadWords<4>(atom + at.Unit(0, 16), q);
+    LoadWords<1>(atom + at.Unit(16, 4), q + 4);
+    LoadWords<4>(atom + at.Row(20, 0, 16), s);
+  }
+};
+
+template <>
+struct TiledUnit<Q6_K> {
+  using Fields = Fields6;
+  static constexpr int kChunks = 2, kScaleWords = 2, kBias = 32, kCentre = 0;
+  using Place = TiledPlace<kChunks>;
+  JM_LOAD {
+    LoadWords<4>(atom + at.Unit(0, 16), q);
+    LoadWords<2>(atom + at.Unit(16, 8), q + 4);
+    s[0] = LoadHalf(atom + at.Unit(24, 2));
+    s[1] = LoadHalf(atom + at.Row(26, 0, 2));
+  }
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group) {
+    return {HalfBits(s[1]) * static_cast<float>(static_cast<int8_t>(s[0] >> 8 * group)), 0.0f};
+  }
+};
+
+template <>
+struct TiledUnit<Q3_K> {
+  using Fields = Fields3;
+  static constexpr int kChunks = 2, kScaleWords = 4, kBias = 4, kCentre = 0;
+  using Place = TiledPlace<kChunks>;
+  JM_LOAD {
+    LoadWords<2>(atom + at.Unit(0, 8), q);
+    LoadWords<1>(atom + at.Unit(8, 4), q + 2);
+    LoadWords<3>(atom + at.Row(12, 0, 12), s);
+    s[3] = LoadHalf(atom + at.Row(12, 12, 2));
+  }
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int group) {
+    const uint32_t bits = ThreeBytes(s, at.unit) >> (12 * at.chunk + 6 * group) & 63;
+    return {HalfBits(s[3]) * (SmallFloat(bits) - 32.0f), 0.0f};
+  }
+};
+
+template <>
+struct TiledUnit<Q2_K> {
+  using Fields = Fields2;
+  static constexpr int kChunks = 2, kScaleWords = 2, kBias = 0, kCentre = 2;
+  using Place = TiledPlace<kChunks>;
+  JM_LOAD {
+    LoadWords<2>(atom + at.Unit(0, 8), q);
+    s[0] = LoadHalf(atom + at.Unit(8, 2));
+    LoadWords<1>(atom + at.Row(10, 0, 4), s + 1);
+  }
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group) {
+    const uint32_t bits = s[0] >> 8 * group;
+    return {HalfBits(s[1] & 0xffffu) * SmallFloat(bits & 15),
+            -(HalfBits(s[1] >> 16) * SmallFloat(bits >> 4 & 15))};
+  }
+};
+
+template <>
+struct TiledUnit<IQ4_XS> {
+  using Fields = TableFields<Iq4Table>;
+  static constexpr int kChunks = 2, kScaleWords = 2, kBias = 128, kCentre = 0;
+  using Place = TiledPlace<kChunks>;
+  JM_LOAD {
+    LoadWords<4>(atom + at.Unit(0, 16), q);
+    LoadWords<2>(atom + at.Row(16, 0, 8), s);
+  }
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
+    // 48 bits that follow the 16 of d.
+    const int shift = 16 + 12 * at.unit + 6 * at.chunk;
+    const uint32_t six = (shift < 32 ? __funnelshift_r(s[0], s[1], shift) : s[1] >> (shift - 32)) & 63;
+    return {HalfBits(s[0] & 0xffffu) * (SmallFloat(six) - 32.0f), 0.0f};
+  }
+};
+#undef JM_LOAD
+
+}  // namespace jax_moe::cuda

@@ -1,0 +1,100 @@
+// A warp's ring in shared memory, through which the bytes of bands of tiled weights come.
+#pragma once
+
+#include <algorithm>
+
+#include "ffi/cuda/hopper.cuh"
+#include "ffi/cuda/ptx.cuh"
+#include "ffi/cuda/tiled_unit.cuh"
+
+namespace jax_moe::cuda {
+
+template <typename Format>
+struct TiledNarrowShape {
+  static constexpr int kTokens = 8;
+  static constexpr int kRows = 16;  // of a band
+  static constexpr int kWarps = 4;
+  static constexpr int kBlocks = 4;  // a multiprocessor of sm_90
+  static constexpr int kStep = 256;  // columns of a ring's stage
+  static constexpr int kStageBytes = kRows * kStep / Format::kBlock * Format::kBytes;
+  // Sums of a warp's band of gate and of up, padded to spread a quad's tokens over the banks.
+  static constexpr int kSumRows = kRows + 4;
+  // Leaves some 90 KB of sm_90's to the L1 cache, for the activations.
+  static constexpr int kStages =
+      std::max(2, std::min(4, (34000 - kWarps * 2 * kTokens * kSumRows * 4) / (kWarps * kStageBytes)));
+
+  struct alignas(16) Memory {
+    uint8_t ring[kWarps][kStages][kStageBytes];
+    uint64_t full[kWarps][kStages];
+    float sums[kWarps][2][kTokens][kSumRows];
+    int32_t pair[kWarps][kTokens];  // of tiles found from the ids
+  };
+};
+
+// Where a step's bytes begin and how many there are.
+struct Span16 {
+  const uint8_t* from;
+  int bytes;  // a multiple of 16
+};
+
+// A warp's ring: steps are fetched and waited for in order, at most kStages ahead.
+template <typename Format>
+class WarpRing {
+ public:
+  using Shape = TiledNarrowShape<Format>;
+
+  __device__ __forceinline__ WarpRing(uint8_t (*ring)[Shape::kStageBytes], uint64_t* full)
+      : ring_(ring), full_(full) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (threadIdx.x % 32 < Shape::kStages) InitBarrier(full_ + threadIdx.x % 32, 1);
+    FenceBarrierInit();
+    __syncwarp();
+#endif
+  }
+
+  __device__ __forceinline__ void Fetch(const Span16& span) {
+    uint8_t* to = ring_[fetched_];
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (threadIdx.x % 32 == 0) {
+      ArriveExpectBytes(full_ + fetched_, span.bytes);
+      BulkCopy(to, span.from, span.bytes, full_ + fetched_);
+    }
+#else
+    for (int at = 16 * (threadIdx.x % 32); at < span.bytes; at += 16 * 32) {
+      CopyAsync16(to + at, span.from + at);
+    }
+    CommitCopies();
+#endif
+    if (++fetched_ == Shape::kStages) fetched_ = 0;
+    ++ahead_;
+  }
+
+  __device__ __forceinline__ bool HasPlace() const { return ahead_ < Shape::kStages; }
+
+  // The oldest step that is still in the ring; it has to be read by all lanes before the next Fetch.
+  __device__ __forceinline__ const uint8_t* Wait() {
+    const uint8_t* stage = ring_[read_];
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    WaitBarrier(full_ + read_, parity_);
+    if (++read_ == Shape::kStages) read_ = 0, parity_ ^= 1;
+#else
+    if (HasPlace()) {
+      WaitCopies<0>();
+    } else {
+      WaitCopies<Shape::kStages - 1>();
+    }
+    __syncwarp();
+    if (++read_ == Shape::kStages) read_ = 0;
+#endif
+    --ahead_;
+    return stage;
+  }
+
+ private:
+  uint8_t (*ring_)[Shape::kStageBytes];
+  uint64_t* full_;
+  int fetched_ = 0, read_ = 0, ahead_ = 0;
+  uint32_t parity_ = 0;
+};
+
+}  // namespace jax_moe::cuda
