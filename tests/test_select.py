@@ -97,6 +97,22 @@ def test_tiled_weights_have_no_wgmma_before_hopper(monkeypatch):
     assert (info.kernel, info.tile, info.architecture) == ("cuda_tiled_mma", (16, 8), "sm_80")
 
 
+@pytest.mark.parametrize(
+    ("capability", "format_name", "tile"),
+    [(90, "Q4_K", (128, 128)), (80, "Q4_K", (128, 128)), (86, "Q4_K", (128, 32))]
+    + [(89, "Q8_0", (128, 128)), (86, "IQ2_XXS", (128, 128))],
+)
+def test_tiles_that_fit_the_device(monkeypatch, capability, format_name, tile):
+    """Wide tiles need more shared memory than some devices have."""
+    monkeypatch.setattr("jax_moe._select._compute_capability", lambda: capability)
+    pairs = jax.ShapeDtypeStruct((500,), jnp.int32)
+    weight = oracle.packed(format_name, 2, 10, 256)[0]
+    x = jax.ShapeDtypeStruct((500, 256), jnp.bfloat16)
+    info = jax_moe.select_kernel("moe_gemm", x, weight, pairs, pairs, top_k=1, platform="cuda")
+    assert info.tile == tile
+    assert info.architecture == ("sm_90a" if capability == 90 else "sm_80")
+
+
 def test_platform_is_checked():
     with pytest.raises(ValueError, match="platform is 'cpu' or 'cuda'"):
         jax_moe.select_kernel("moe_gemm", *gemm_shapes(), top_k=2, platform="tpu")

@@ -137,11 +137,10 @@ GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile
   const PackedKernels& kernels = FindPackedFormat(weight.format)->kernels;
   if (layout == Layout::kS8Lanes) return kernels.narrow_s8;
   if (layout == Layout::kPlanes) return kernels.vector;
-  const int limit = SharedMemoryLimit();
-  if (tile == plan::CudaTile::kWide && kernels.wide.shared_bytes <= limit) return kernels.wide;
-  if (tile != plan::CudaTile::kNarrow && kernels.medium.shared_bytes <= limit)
-    return kernels.medium;
-  return kernels.narrow;
+  tile = plan::FitCudaTile(tile, weight.format, SharedMemoryLimit());
+  return tile == plan::CudaTile::kWide     ? kernels.wide
+         : tile == plan::CudaTile::kMedium ? kernels.medium
+                                           : kernels.narrow;
 }
 
 cudaError_t ConfigureFormat(int format) {

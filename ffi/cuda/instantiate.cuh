@@ -6,6 +6,7 @@
 #include "ffi/cuda/packed_formats.h"
 #include "ffi/cuda/vector_gemm.cuh"
 #include "ffi/cuda/wide_gemm.cuh"
+#include "ffi/plan/cuda_shared.h"
 
 namespace jax_moe::cuda {
 
@@ -33,6 +34,8 @@ GemmKernel DescribeNarrow() {
 template <typename Format, int kTokens>
 GemmKernel DescribeWide() {
   using Shape = WideShape<Format, kTokens>;
+  static_assert(sizeof(typename Shape::Memory) ==
+                (plan::CudaWideSharedBytes<Format>(kTokens) + 15) / 16 * 16);
   return {reinterpret_cast<const void*>(&WideGemm<Format, kTokens>),
           Shape::kThreads,
           kTokens,

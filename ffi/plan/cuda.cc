@@ -2,6 +2,9 @@
 
 #include <algorithm>
 
+#include "ffi/blocks/formats.h"
+#include "ffi/plan/cuda_shared.h"
+
 namespace jax_moe::plan {
 namespace {
 
@@ -39,6 +42,19 @@ CudaTile ChooseCudaTile(int64_t pairs, int64_t experts) {
       static_cast<double>(pairs) / static_cast<double>(std::max<int64_t>(experts, 1));
   if (mean <= 1) return CudaTile::kVector;
   return mean <= 5 ? CudaTile::kNarrow : mean <= 40 ? CudaTile::kMedium : CudaTile::kWide;
+}
+
+CudaTile FitCudaTile(CudaTile tile, int format, int64_t shared_limit) {
+  const auto fits = [&](int64_t tokens) {
+    bool result = true;
+    VisitFormat(format, [&](auto block) {
+      result = CudaWideSharedBytes<decltype(block)>(tokens) <= shared_limit;
+    });
+    return result;
+  };
+  if (tile == CudaTile::kWide && !fits(128)) tile = CudaTile::kMedium;
+  if (tile == CudaTile::kMedium && !fits(32)) tile = CudaTile::kNarrow;
+  return tile;
 }
 
 CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, bool hopper) {
@@ -93,18 +109,19 @@ Kernel Guarantees(bool is_ffn, Variant variant, int x_type, int y_type, int64_t 
 
 }  // namespace
 
-Kernel CudaKernel(bool is_ffn, Variant variant, bool packed, int x_type, int y_type, int64_t pairs,
-                  int64_t experts, int64_t workspace_bytes) {
+Kernel CudaKernel(bool is_ffn, Variant variant, int format, bool packed, int x_type, int y_type,
+                  int64_t pairs, int64_t experts, int capability, int64_t workspace_bytes) {
   Kernel kernel = Guarantees(is_ffn, variant, x_type, y_type, workspace_bytes);
   const bool rounds = variant == Variant::kScalarGguf;
-  const CudaTile tile = ChooseCudaTile(pairs, experts);
+  CudaTile tile = ChooseCudaTile(pairs, experts);
+  if (packed) tile = FitCudaTile(tile, format, CudaSharedLimit(capability));
   const CudaTileShape shape = ShapeOfCudaTile(tile, packed, variant);
   const bool vector = packed && !rounds && tile == CudaTile::kVector;
   kernel.name = rounds   ? "cuda_mma_int8"
                 : vector ? "cuda_dp4a_24bit"
                 : packed ? "cuda_mma_packed"
                          : "cuda_mma_dense";
-  kernel.arch = "sm_80, sm_90a";
+  kernel.arch = capability / 10 == 9 ? "sm_90a" : "sm_80";
   kernel.tile_rows = shape.rows;
   kernel.tile_tokens = shape.tokens;
   if (rounds || vector) kernel.accumulator = "int32 in a group, float32";

@@ -13,6 +13,10 @@ enum class CudaTile : int { kVector = 0, kNarrow = 1, kMedium = 2, kWide = 3 };
 // From the mean number of pairs an expert: grids may depend on shapes only, not on the routing.
 CudaTile ChooseCudaTile(int64_t pairs, int64_t experts);
 
+// The tile that a device with `shared_limit` bytes of shared memory a block has for weights of this format
+// (ggml_type) where `tile` is wanted: the largest that fits.
+CudaTile FitCudaTile(CudaTile tile, int format, int64_t shared_limit);
+
 // The kernels for tiled weights: 8 tokens a tile, or on Hopper 32, 64 or 128.
 enum class CudaTiledTile : int { kNarrow = 0, k32 = 1, k64 = 2, k128 = 3 };
 CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, bool hopper);
@@ -29,13 +33,12 @@ struct CudaTileShape {
 // Of the kernel that runs. q8_1 activations (kScalarGguf) have one kernel, dense weights two.
 CudaTileShape ShapeOfCudaTile(CudaTile tile, bool packed, Variant variant);
 
-// The kernel for an op; the arguments are those of CpuKernel, and the pairs and experts of the
-// problem. A wide tile needs more shared memory than GPUs before sm_80, and some after it, have:
-// there the next smaller one runs.
-Kernel CudaKernel(bool is_ffn, Variant variant, bool packed, int x_type, int y_type, int64_t pairs,
-                  int64_t experts, int64_t workspace_bytes);
+// The kernel for an op; the arguments are those of CpuKernel, the weights' format (ggml_type), the pairs
+// and experts of the problem and the device's compute capability, like 90.
+Kernel CudaKernel(bool is_ffn, Variant variant, int format, bool packed, int x_type, int y_type,
+                  int64_t pairs, int64_t experts, int capability, int64_t workspace_bytes);
 
-// The same for tiled weights (docs/kernels.md), on a device of compute capability `capability`, like 90.
+// The same for tiled weights (docs/kernels.md).
 Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int64_t pairs,
                        int64_t experts, int capability, int64_t workspace_bytes);
 

@@ -90,8 +90,8 @@ nb::dict Describe(const std::string& platform, bool is_ffn, int variant, int for
           ? plan::CpuKernel(is_ffn, asked, IsPacked(format), x, y, workspace_bytes)
       : format >= 0 && (format & kTiledFormat) != 0
           ? plan::CudaTiledKernel(is_ffn, asked, x, y, pairs, experts, capability, workspace_bytes)
-          : plan::CudaKernel(is_ffn, asked, IsPacked(format), x, y, pairs, experts,
-                             workspace_bytes);
+          : plan::CudaKernel(is_ffn, asked, format, IsPacked(format), x, y, pairs, experts,
+                             capability, workspace_bytes);
   nb::dict info;
   info["kernel"] = kernel.name;
   info["architecture"] = kernel.arch;
