@@ -99,8 +99,13 @@ def test_tiled_weights_have_no_wgmma_before_hopper(monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "format_name", "tile"),
-    [(90, "Q4_K", (128, 128)), (80, "Q4_K", (128, 128)), (86, "Q4_K", (128, 32))]
-    + [(89, "Q8_0", (128, 128)), (86, "IQ2_XXS", (128, 128))],
+    [
+        (90, "Q4_K", (128, 128)),
+        (80, "Q4_K", (128, 128)),
+        (86, "Q4_K", (128, 32)),
+        (89, "Q8_0", (128, 128)),
+        (86, "IQ2_XXS", (128, 128)),
+    ],
 )
 def test_tiles_that_fit_the_device(monkeypatch, capability, format_name, tile):
     """Wide tiles need more shared memory than some devices have."""
