@@ -1,5 +1,6 @@
 # make demo [FILE=model.gguf]   inspect a GGUF file and run its MoE layers (makes a small one by itself)
 # make test                     the tests
+# make test-gpu                 the tests that need an NVIDIA GPU (JAX_MOE_CUDA=ON builds for it)
 # make lint                     formatting, lint and types
 # make sanitize                 the C++ side under AddressSanitizer and UndefinedBehaviorSanitizer
 # make cuda                     compile the CUDA kernels, with or without a GPU
@@ -14,13 +15,17 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find ffi -type f 2>/dev/null)
 # Compilers take what the machine has; two at a time fit into the memory of small machines.
 export CMAKE_BUILD_PARALLEL_LEVEL ?= 2
 
-.PHONY: demo test test-llamacpp lint format sanitize cuda bench clean
+.PHONY: demo test test-gpu test-llamacpp lint format sanitize cuda bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m jax_moe demo $(FILE)
 
 test: $(VENV)/installed
 	$(BIN)/pytest -n auto $(ARGS)
+
+# Several processes share the GPU, so none may take its memory ahead.
+test-gpu: $(VENV)/installed
+	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/pytest -m gpu -n 8 $(ARGS)
 
 test-llamacpp: $(VENV)/installed $(LLAMACPP)/installed
 	JAX_MOE_LLAMACPP_PYTHON=$(abspath $(LLAMACPP))/bin/python $(BIN)/pytest tests/llamacpp $(ARGS)
