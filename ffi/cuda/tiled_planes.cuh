@@ -1,14 +1,12 @@
 // The formats with a tiled layout: what lies in which plane of an atom, and how a group's scale is made of it.
 //
-// kChunks of an atom; kBias: what fields have too much; kCentre: about what the offset takes from fields,
-// in scales; kScaleWords: what Load fills besides the fields; Scale: the group's scale and, with an
-// offset, its offset, in float32.
+// kChunks of an atom; kCentre: about what the offset takes from fields, in scales; kScaleWords: what Load
+// fills besides the fields; Scale: the group's scale and, with an offset, its offset, in float32.
 #pragma once
 
 #include <cuda_fp16.h>
 
-#include "ffi/blocks/formats.h"
-#include "ffi/cuda/tiled_fields.cuh"
+#include "ffi/blocks/tiled_fields.h"
 
 namespace jax_moe::cuda {
 
@@ -55,25 +53,13 @@ __device__ __forceinline__ uint32_t LoadHalf(const uint8_t* from) {
   return *reinterpret_cast<const uint16_t*>(from);
 }
 
-JM_HD constexpr NibbleTable Flipped(const NibbleTable& table) {
-  return {{table.word[0] ^ 0x80808080u, table.word[1] ^ 0x80808080u, table.word[2] ^ 0x80808080u,
-           table.word[3] ^ 0x80808080u}};
-}
-struct E2M1Table {
-  static JM_HD constexpr NibbleTable Biased() { return Flipped(DoubledE2M1()); }
-};
-struct Iq4Table {
-  static JM_HD constexpr NibbleTable Biased() { return Flipped(Iq4Values()); }
-};
-
 template <typename Format>
 struct TiledUnit;
 
 // One f16 scale a unit.
-template <typename Format, typename FieldsType, int kBiasValue>
+template <typename Format>
 struct HalfScaled {
-  using Fields = FieldsType;
-  static constexpr int kChunks = 1, kScaleWords = 1, kBias = kBiasValue, kCentre = 0;
+  static constexpr int kChunks = 1, kScaleWords = 1, kCentre = 0;
   using Place = TiledPlace<kChunks>;
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int) {
     return {HalfBits(s[0]), 0.0f};
@@ -81,10 +67,9 @@ struct HalfScaled {
 };
 
 // An f16 scale and an f16 minimum a unit.
-template <typename Format, typename FieldsType, int kCentreValue>
+template <typename Format, int kCentreValue>
 struct HalfScaledWithMinimum {
-  using Fields = FieldsType;
-  static constexpr int kChunks = 1, kScaleWords = 1, kBias = 0, kCentre = kCentreValue;
+  static constexpr int kChunks = 1, kScaleWords = 1, kCentre = kCentreValue;
   using Place = TiledPlace<kChunks>;
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int) {
     return {HalfBits(s[0] & 0xffffu), HalfBits(s[0] >> 16)};
@@ -96,7 +81,7 @@ struct HalfScaledWithMinimum {
                                               uint32_t* s)
 
 template <>
-struct TiledUnit<Q4_0> : HalfScaled<Q4_0, Fields4, 8> {
+struct TiledUnit<Q4_0> : HalfScaled<Q4_0> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     s[0] = LoadHalf(atom + at.Unit(16, 2));
@@ -104,7 +89,7 @@ struct TiledUnit<Q4_0> : HalfScaled<Q4_0, Fields4, 8> {
 };
 
 template <>
-struct TiledUnit<Q4_1> : HalfScaledWithMinimum<Q4_1, Fields4, 8> {
+struct TiledUnit<Q4_1> : HalfScaledWithMinimum<Q4_1, 8> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<1>(atom + at.Unit(16, 4), s);
@@ -112,7 +97,7 @@ struct TiledUnit<Q4_1> : HalfScaledWithMinimum<Q4_1, Fields4, 8> {
 };
 
 template <>
-struct TiledUnit<Q5_0> : HalfScaled<Q5_0, Fields5, 16> {
+struct TiledUnit<Q5_0> : HalfScaled<Q5_0> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<1>(atom + at.Unit(16, 4), q + 4);
@@ -121,7 +106,7 @@ struct TiledUnit<Q5_0> : HalfScaled<Q5_0, Fields5, 16> {
 };
 
 template <>
-struct TiledUnit<Q5_1> : HalfScaledWithMinimum<Q5_1, Fields5, 16> {
+struct TiledUnit<Q5_1> : HalfScaledWithMinimum<Q5_1, 16> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<1>(atom + at.Unit(16, 4), q + 4);
@@ -130,7 +115,7 @@ struct TiledUnit<Q5_1> : HalfScaledWithMinimum<Q5_1, Fields5, 16> {
 };
 
 template <>
-struct TiledUnit<Q8_0> : HalfScaled<Q8_0, Fields8, 128> {
+struct TiledUnit<Q8_0> : HalfScaled<Q8_0> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<4>(atom + at.Unit(16, 16), q + 4);
@@ -139,7 +124,7 @@ struct TiledUnit<Q8_0> : HalfScaled<Q8_0, Fields8, 128> {
 };
 
 template <>
-struct TiledUnit<IQ4_NL> : HalfScaled<IQ4_NL, TableFields<Iq4Table>, 128> {
+struct TiledUnit<IQ4_NL> : HalfScaled<IQ4_NL> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     s[0] = LoadHalf(atom + at.Unit(16, 2));
@@ -148,8 +133,7 @@ struct TiledUnit<IQ4_NL> : HalfScaled<IQ4_NL, TableFields<Iq4Table>, 128> {
 
 template <>
 struct TiledUnit<MXFP4> {
-  using Fields = TableFields<E2M1Table>;
-  static constexpr int kChunks = 1, kScaleWords = 1, kBias = 128, kCentre = 0;
+  static constexpr int kChunks = 1, kScaleWords = 1, kCentre = 0;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
@@ -163,8 +147,7 @@ struct TiledUnit<MXFP4> {
 
 template <>
 struct TiledUnit<NVFP4> {
-  using Fields = TableFields<E2M1Table>;
-  static constexpr int kChunks = 1, kScaleWords = 1, kBias = 128, kCentre = 0;
+  static constexpr int kChunks = 1, kScaleWords = 1, kCentre = 0;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
@@ -191,10 +174,9 @@ __device__ __forceinline__ uint32_t ThreeBytes(const uint32_t* words, int t) {
 }
 
 // d, dmin, and 6 bits of scale and minimum a unit.
-template <typename FieldsType, int kCentreValue>
+template <int kCentreValue>
 struct SixBitScaled {
-  using Fields = FieldsType;
-  static constexpr int kChunks = 2, kScaleWords = 4, kBias = 0, kCentre = kCentreValue;
+  static constexpr int kChunks = 2, kScaleWords = 4, kCentre = kCentreValue;
   using Place = TiledPlace<kChunks>;
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
     const float2 d = __half22float2(Halves(s[0]));
@@ -204,7 +186,7 @@ struct SixBitScaled {
 };
 
 template <>
-struct TiledUnit<Q4_K> : SixBitScaled<Fields4, 8> {
+struct TiledUnit<Q4_K> : SixBitScaled<8> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<4>(atom + at.Row(16, 0, 16), s);
@@ -212,7 +194,7 @@ struct TiledUnit<Q4_K> : SixBitScaled<Fields4, 8> {
 };
 
 template <>
-struct TiledUnit<Q5_K> : SixBitScaled<Fields5, 16> {
+struct TiledUnit<Q5_K> : SixBitScaled<16> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<1>(atom + at.Unit(16, 4), q + 4);
@@ -222,8 +204,7 @@ struct TiledUnit<Q5_K> : SixBitScaled<Fields5, 16> {
 
 template <>
 struct TiledUnit<Q6_K> {
-  using Fields = Fields6;
-  static constexpr int kChunks = 2, kScaleWords = 2, kBias = 32, kCentre = 0;
+  static constexpr int kChunks = 2, kScaleWords = 2, kCentre = 0;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
@@ -238,8 +219,7 @@ struct TiledUnit<Q6_K> {
 
 template <>
 struct TiledUnit<Q3_K> {
-  using Fields = Fields3;
-  static constexpr int kChunks = 2, kScaleWords = 4, kBias = 4, kCentre = 0;
+  static constexpr int kChunks = 2, kScaleWords = 4, kCentre = 0;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
@@ -255,8 +235,7 @@ struct TiledUnit<Q3_K> {
 
 template <>
 struct TiledUnit<Q2_K> {
-  using Fields = Fields2;
-  static constexpr int kChunks = 2, kScaleWords = 2, kBias = 0, kCentre = 2;
+  static constexpr int kChunks = 2, kScaleWords = 2, kCentre = 2;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
@@ -272,8 +251,7 @@ struct TiledUnit<Q2_K> {
 
 template <>
 struct TiledUnit<IQ4_XS> {
-  using Fields = TableFields<Iq4Table>;
-  static constexpr int kChunks = 2, kScaleWords = 2, kBias = 128, kCentre = 0;
+  static constexpr int kChunks = 2, kScaleWords = 2, kCentre = 0;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);

@@ -15,7 +15,7 @@ template <typename Format>
 class LaneUnit {
  public:
   using Tiled = TiledUnit<Format>;
-  using Fields = typename Tiled::Fields;
+  using Fields = FieldsOf<Format>;
   using Place = typename Tiled::Place;
   static constexpr int kGroups = 32 / Format::kGroup;
 
@@ -44,7 +44,7 @@ class LaneUnit {
                                     (normaliser * 0x1p-24f));
       } else {
         // A multiple of the rounded scale, so that a field of kBias is exactly zero.
-        offset_[group] = __hmul2(scale, BothHalves(-Tiled::kBias * 0x1p-24f));
+        offset_[group] = __hmul2(scale, BothHalves(-Fields::kBias * 0x1p-24f));
       }
 #pragma unroll
       for (int p = 0; p < Fields::kPositions; ++p) {

@@ -1,0 +1,203 @@
+// The bit fields of a tiled unit (tiled.h): pairs of weights out of its words, for tensor-core operands.
+//
+// Fields stand where they can be masked in place, below bit 10 of a half, so that a half read as f16 is a
+// subnormal number. FieldsOf<FORMAT>:
+//
+//   kWords           words of a unit
+//   kPositions       places at which masked fields stand, kShift bits apart, each needing a scale of its own
+//   kBias            what fields have more than the weights' integers of decoder.h
+//   kPosition<i>     the place of pair i, weights 2 i and 2 i + 1
+//   Pair<i>(words)   its fields, in the low and the high half
+#pragma once
+
+#include "ffi/blocks/formats.h"
+
+namespace jax_moe {
+
+// Bytes of b:a chosen by the nibbles of `selector`, none above 7.
+JM_HD uint32_t BytePerm(uint32_t a, uint32_t b, uint32_t selector) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(a, b, selector);
+#else
+  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  }
+  return result;
+#endif
+}
+
+struct Fields4 {
+  static constexpr int kWords = 4, kPositions = 2, kShift = 4;
+  template <int i>
+  static constexpr int kPosition = i % 2;
+  template <int i>
+  static JM_HD uint32_t Pair(const uint32_t* q) {
+    const uint32_t w = i % 4 < 2 ? q[i / 4] : q[i / 4] >> 8;
+    return w & (i % 2 == 0 ? 0x000f000fu : 0x00f000f0u);
+  }
+};
+
+struct Fields5 {
+  static constexpr int kWords = 5, kPositions = 2, kShift = 5;
+  template <int i>
+  static constexpr int kPosition = i < 15 && i % 3 == 1 ? 1 : 0;
+  template <int i>
+  static JM_HD uint32_t Pair(const uint32_t* q) {
+    if constexpr (i == 15) {
+      uint32_t w = q[0] >> 15 & 0x00010001u;
+#pragma unroll
+      for (int j = 1; j < 5; ++j) w |= q[j] >> (15 - j) & (0x00010001u << j);
+      return w;
+    } else {
+      const uint32_t w = i % 3 < 2 ? q[i / 3] : q[i / 3] >> 10;
+      return w & (i % 3 == 1 ? 0x03e003e0u : 0x001f001fu);
+    }
+  }
+};
+
+struct Fields6 {
+  static constexpr int kWords = 6, kPositions = 1, kShift = 0;
+  template <int i>
+  static constexpr int kPosition = 0;
+  template <int i>
+  static JM_HD uint32_t Pair(const uint32_t* q) {
+    constexpr int local = i % 8;
+    const uint32_t* abc = q + 3 * (i / 8);
+    if constexpr (local < 6) {
+      return (local % 2 == 0 ? abc[local / 2] : abc[local / 2] >> 6) & 0x003f003fu;
+    } else if constexpr (local == 6) {
+      return (abc[0] >> 12 & 0x000f000fu) | (abc[1] >> 8 & 0x00300030u);
+    } else {
+      return (abc[2] >> 12 & 0x000f000fu) | (abc[1] >> 10 & 0x00300030u);
+    }
+  }
+};
+
+struct Fields3 {
+  static constexpr int kWords = 3, kPositions = 3, kShift = 3;
+  template <int i>
+  static constexpr int kPosition = i == 15 ? 0 : i % 5 % 3;
+  template <int i>
+  static JM_HD uint32_t Pair(const uint32_t* q) {
+    if constexpr (i == 15) {
+      return (q[0] >> 15 & 0x00010001u) | (q[1] >> 14 & 0x00020002u) | (q[2] >> 13 & 0x00040004u);
+    } else {
+      const uint32_t w = i % 5 < 3 ? q[i / 5] : q[i / 5] >> 9;
+      return w & (0x00070007u << 3 * kPosition<i>);
+    }
+  }
+};
+
+struct Fields2 {
+  static constexpr int kWords = 2, kPositions = 5, kShift = 2;
+  template <int i>
+  static constexpr int kPosition = i % 8 % 5;
+  template <int i>
+  static JM_HD uint32_t Pair(const uint32_t* q) {
+    const uint32_t w = i % 8 < 5 ? q[i / 8] : q[i / 8] >> 10;
+    return w & (0x00030003u << 2 * kPosition<i>);
+  }
+};
+
+// Two's complement bytes, read as q + 128.
+struct Fields8 {
+  static constexpr int kWords = 8, kPositions = 1, kShift = 0;
+  template <int i>
+  static constexpr int kPosition = 0;
+  template <int i>
+  static JM_HD uint32_t Pair(const uint32_t* q) {
+    return BytePerm(q[i / 2] ^ 0x80808080u, 0, i % 2 == 0 ? 0x4140 : 0x4342);
+  }
+};
+
+// Nibbles that index a table of sixteen int8, read as value + 128.
+template <typename Table>
+struct TableFields {
+  static constexpr int kWords = 4, kPositions = 1, kShift = 0;
+  template <int i>
+  static constexpr int kPosition = 0;
+  template <int i>
+  static JM_HD uint32_t Pair(const uint32_t* q) {
+    constexpr NibbleTable kTable = Table::Biased();
+    // Pairs 2 n and 2 n + 1 share 16 bits: the compiler sees that the lookups are the same.
+    const uint32_t w = i / 2 % 2 == 0 ? q[i / 4] : q[i / 4] >> 16;
+    const uint32_t index = w & 0x7777u, choice = (w >> 1 & 0x4444u) | 0x3210u;
+    const uint32_t lower = BytePerm(kTable.word[0], kTable.word[1], index);
+    const uint32_t upper = BytePerm(kTable.word[2], kTable.word[3], index);
+    return BytePerm(BytePerm(lower, upper, choice), 0, i % 2 == 0 ? 0x4140 : 0x4342);
+  }
+};
+
+JM_HD constexpr NibbleTable Flipped(const NibbleTable& table) {
+  return {{table.word[0] ^ 0x80808080u, table.word[1] ^ 0x80808080u, table.word[2] ^ 0x80808080u,
+           table.word[3] ^ 0x80808080u}};
+}
+struct E2M1Table {
+  static JM_HD constexpr NibbleTable Biased() { return Flipped(DoubledE2M1()); }
+};
+struct Iq4Table {
+  static JM_HD constexpr NibbleTable Biased() { return Flipped(Iq4Values()); }
+};
+
+template <typename Format>
+struct FieldsOf;
+template <>
+struct FieldsOf<Q4_0> : Fields4 {
+  static constexpr int kBias = 8;
+};
+template <>
+struct FieldsOf<Q4_1> : Fields4 {
+  static constexpr int kBias = 0;
+};
+template <>
+struct FieldsOf<Q4_K> : Fields4 {
+  static constexpr int kBias = 0;
+};
+template <>
+struct FieldsOf<Q5_0> : Fields5 {
+  static constexpr int kBias = 16;
+};
+template <>
+struct FieldsOf<Q5_1> : Fields5 {
+  static constexpr int kBias = 0;
+};
+template <>
+struct FieldsOf<Q5_K> : Fields5 {
+  static constexpr int kBias = 0;
+};
+template <>
+struct FieldsOf<Q8_0> : Fields8 {
+  static constexpr int kBias = 128;
+};
+template <>
+struct FieldsOf<Q6_K> : Fields6 {
+  static constexpr int kBias = 32;
+};
+template <>
+struct FieldsOf<Q3_K> : Fields3 {
+  static constexpr int kBias = 4;
+};
+template <>
+struct FieldsOf<Q2_K> : Fields2 {
+  static constexpr int kBias = 0;
+};
+template <>
+struct FieldsOf<IQ4_NL> : TableFields<Iq4Table> {
+  static constexpr int kBias = 128;
+};
+template <>
+struct FieldsOf<IQ4_XS> : TableFields<Iq4Table> {
+  static constexpr int kBias = 128;
+};
+template <>
+struct FieldsOf<MXFP4> : TableFields<E2M1Table> {
+  static constexpr int kBias = 128;
+};
+template <>
+struct FieldsOf<NVFP4> : TableFields<E2M1Table> {
+  static constexpr int kBias = 128;
+};
+
+}  // namespace jax_moe

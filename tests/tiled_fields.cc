@@ -1,0 +1,69 @@
+// Compiled and run by test_tiled_fields.py: that the fields which the CUDA kernels take out of tiled units are
+// the integers that the blocks' own decoders give.
+
+#include <cstdio>
+#include <random>
+#include <utility>
+
+#include "ffi/blocks/tiled.h"
+#include "ffi/blocks/tiled_fields.h"
+
+namespace jax_moe {
+namespace {
+
+template <typename Format, int i>
+bool PairMatches(const uint32_t* words, const uint32_t (&q)[8]) {
+  using Fields = FieldsOf<Format>;
+  const uint32_t pair = Fields::template Pair<i>(words);
+  const int shift = Fields::kShift * Fields::template kPosition<i>;
+  for (int half = 0; half < 2; ++half) {
+    const int weight = 2 * i + half;
+    const int expected = static_cast<int8_t>(q[weight / 4] >> 8 * (weight % 4)) + Fields::kBias;
+    // Equal as a whole: no bit of another field is left beside it.
+    if ((pair >> 16 * half & 0xffff) != static_cast<uint32_t>(expected) << shift) return false;
+  }
+  return true;
+}
+
+template <typename Format, int... i>
+bool UnitMatches(const uint32_t* words, const uint32_t (&q)[8], std::integer_sequence<int, i...>) {
+  return (PairMatches<Format, i>(words, q) && ...);
+}
+
+template <typename Format>
+bool Check(const char* name) {
+  using Sizes = tiled::Sizes<Format>;
+  std::mt19937 random(7);
+  for (int round = 0; round < 200; ++round) {
+    uint8_t block[Format::kBytes], record[Format::kBytes] = {};
+    for (uint8_t& byte : block) byte = static_cast<uint8_t>(random());
+    for (int bit = 0; bit < 8 * Format::kBytes; ++bit) {
+      const int from = tiled::BlockBit<Format>(bit);
+      record[bit / 8] |= static_cast<uint8_t>((block[from / 8] >> from % 8 & 1) << bit % 8);
+    }
+    for (int unit = 0; unit < Sizes::kUnits; ++unit) {
+      uint32_t words[FieldsOf<Format>::kWords], q[8];
+      std::memcpy(words, record + unit * Sizes::kUnitBytes, sizeof words);
+      Format::Unit(block, unit, q);
+      if (!UnitMatches<Format>(words, q, std::make_integer_sequence<int, 16>())) {
+        std::printf("%s: unit %d of round %d differs\n", name, unit, round);
+        return false;
+      }
+    }
+  }
+  std::printf("%s\n", name);
+  return true;
+}
+
+}  // namespace
+}  // namespace jax_moe
+
+int main() {
+  bool ok = true;
+#define JAX_MOE_CHECK(FORMAT)                                   \
+  if constexpr (jax_moe::HasTiling<jax_moe::FORMAT>::value) {   \
+    ok = jax_moe::Check<jax_moe::FORMAT>(#FORMAT) && ok;        \
+  }
+  [&](auto) { JAX_MOE_FORMATS(JAX_MOE_CHECK) }(0);
+  return ok ? 0 : 1;
+}
