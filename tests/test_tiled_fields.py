@@ -18,9 +18,7 @@ def test_fields_are_the_decoders_integers(tmp_path):
         pytest.skip("needs a C++ compiler")
     program = tmp_path / "tiled_fields"
     source = ROOT / "tests" / "tiled_fields.cc"
-    subprocess.run(
-        [compiler, "-std=c++17", "-O1", f"-I{ROOT}", source, "-o", program], check=True
-    )
+    subprocess.run([compiler, "-std=c++17", "-O1", f"-I{ROOT}", source, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert set(done.stdout.split()) == set(TILED_FORMATS)
