@@ -7,11 +7,13 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <optional>
 
 namespace jax_moe::cuda {
 
-// Tiles are spread over two dimensions of a grid, at most so many in one.
-inline constexpr int64_t kMaxGridY = 32768;
+// The grid of `blocks` blocks for each of `tiles` tiles, which are spread over two dimensions; none where
+// they are too many. Both are at least 1.
+std::optional<dim3> TileGrid(int64_t blocks, int64_t tiles);
 
 // Up to a fixed number of pairs of one expert: entries begin .. begin + count - 1 of Lists::pairs.
 struct TokenTile {

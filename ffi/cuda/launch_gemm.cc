@@ -9,6 +9,13 @@ constexpr int kDefaultSharedBytes = 48 * 1024;
 
 }  // namespace
 
+std::optional<dim3> TileGrid(int64_t blocks, int64_t tiles) {
+  constexpr int64_t kMost = 32768;
+  const int64_t y = std::min(tiles, kMost), z = (tiles + y - 1) / y;
+  if (z > kMost) return std::nullopt;
+  return dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(y), static_cast<unsigned>(z));
+}
+
 cudaError_t LaunchGemm(const GemmKernel& kernel, const GemmArgs& args, cudaStream_t stream) {
   const auto bands = [&](int64_t rows) {
     return (rows + kernel.block_rows - 1) / kernel.block_rows;
@@ -18,14 +25,11 @@ cudaError_t LaunchGemm(const GemmKernel& kernel, const GemmArgs& args, cudaStrea
     const int bands_a_block = 4 >> args.log_splits;
     blocks = (blocks + bands_a_block - 1) / bands_a_block;
   }
-  const int64_t tiles = args.lists.max_tiles;
-  if (blocks == 0 || tiles == 0) return cudaSuccess;
-  const int64_t tiles_y = std::min(tiles, kMaxGridY), tiles_z = (tiles + tiles_y - 1) / tiles_y;
-  if (tiles_z > kMaxGridY) return cudaErrorInvalidConfiguration;
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(tiles_y),
-                  static_cast<unsigned>(tiles_z));
+  if (blocks == 0 || args.lists.max_tiles == 0) return cudaSuccess;
+  const std::optional<dim3> grid = TileGrid(blocks, args.lists.max_tiles);
+  if (!grid) return cudaErrorInvalidConfiguration;
   void* parameters[] = {const_cast<GemmArgs*>(&args)};
-  return cudaLaunchKernel(kernel.function, grid, dim3(kernel.threads), parameters,
+  return cudaLaunchKernel(kernel.function, *grid, dim3(kernel.threads), parameters,
                           kernel.shared_bytes, stream);
 }
 

@@ -52,14 +52,11 @@ cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t 
   const int64_t block_rows = paired ? kernel.block_rows / 2 : kernel.block_rows;
   const int64_t rows = args.activate && kernel.pads_rows ? args.y_pitch : args.rows;
   const int64_t blocks = (rows + block_rows - 1) / block_rows;
-  const int64_t tiles = args.lists.max_tiles;
-  if (blocks == 0 || tiles == 0) return cudaSuccess;
-  const int64_t tiles_y = std::min(tiles, kMaxGridY), tiles_z = (tiles + tiles_y - 1) / tiles_y;
-  if (tiles_z > kMaxGridY) return cudaErrorInvalidConfiguration;
-  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(tiles_y),
-                  static_cast<unsigned>(tiles_z));
+  if (blocks == 0 || args.lists.max_tiles == 0) return cudaSuccess;
+  const std::optional<dim3> grid = TileGrid(blocks, args.lists.max_tiles);
+  if (!grid) return cudaErrorInvalidConfiguration;
   void* parameters[] = {&args};
-  return Launch(kernel, grid, parameters, stream);
+  return Launch(kernel, *grid, parameters, stream);
 }
 
 cudaError_t LaunchTiledDown(const TiledKernel& kernel, const TiledDownArgs& args,
