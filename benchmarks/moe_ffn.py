@@ -6,7 +6,8 @@ A measured program is one jitted chain of layers with different weights, so that
 not serve them. A row's bound is the larger of the bytes of the experts that its routing really uses
 over the read bandwidth, and the operations over the rate of large bf16 products, both measured in
 the same run. Rows that the JSON file already holds are not measured again, so that a table can be
-made in several commands.
+made in several commands. Peers are compiled and measured before the rows that are compared with
+them, some ten seconds a number of tokens: give few of those a command.
 """
 
 import argparse

@@ -40,6 +40,7 @@ class Peers:
             except Exception as error:  # a peer's failure is n/a, whatever it raises
                 print(f"  {label}, {tokens} tokens: n/a ({one_line(error)})", flush=True)
                 continue
+            print(f"  {label}, {tokens} tokens: {seconds * 1e6:.0f} us", flush=True)
             best = seconds if best is None else min(best, seconds)
         return best
 
