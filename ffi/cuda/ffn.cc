@@ -90,7 +90,7 @@ class Products {
 
   // The down projection with the wide kernels: scaled f16 values, half of the bytes of float32.
   cudaError_t RunScaled(const Weight& down, const PreparedRows& h, half* y, float* y_scales) {
-    return RunTiled(down, h, /*pairs_a_row=*/1, reinterpret_cast<float*>(y), ffn_.d_model, y_scales);
+    return RunTiled(down, h, /*pairs_a_row=*/1, y, ffn_.d_model, y_scales);
   }
 
   // x prepared, gate and up, both tiled alike, and the activation: h, prepared for a tiled down
@@ -154,7 +154,8 @@ class Products {
             MaxTiles(ffn_.pairs, ffn_.experts, tile_tokens_)};
   }
 
-  cudaError_t RunTiled(const Weight& weight, const PreparedRows& x, int32_t pairs_a_row, float* y,
+  // y: float32, or float16 that y_scales undo the scaling of.
+  cudaError_t RunTiled(const Weight& weight, const PreparedRows& x, int32_t pairs_a_row, void* y,
                        int64_t y_pitch, float* y_scales = nullptr) {
     const TiledKernel& kernel = ChooseTiledKernel(weight, ffn_.TiledTile());
     const cudaError_t status = UseTiles(kernel.tile_tokens);
