@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(32 * TiledDownShape<Format>::kWarps, 2)
       const uint8_t* band = args.matrix.data +
                             memory.expert[warp][fetch_tile] * args.matrix.expert_bytes +
                             row0 * args.row_bytes;
-      ring.Fetch({band + fetch_at, min(Shape::kStageBytes, band_bytes - fetch_at)});
+      ring.Fetch(band + fetch_at, min(Shape::kStageBytes, band_bytes - fetch_at));
       fetch_at += splits * Shape::kStageBytes;
       if (fetch_at >= band_bytes) {
         fetch_at = first_at;

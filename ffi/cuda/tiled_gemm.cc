@@ -2,9 +2,8 @@
 
 #include <algorithm>
 
-#include "ffi/blocks/formats.h"
+#include "ffi/blocks/tiled.h"
 #include "ffi/cuda/launch_early.h"
-#include "ffi/cuda/tiled_formats.h"
 #include "ffi/plan/cuda.h"
 
 namespace jax_moe::cuda {
@@ -21,7 +20,7 @@ int Multiprocessors() {
   return std::max(number, 1);
 }
 
-// One block for every place on the device, at most one for every 8 items.
+// One block for every place on the device, but no more than there are warps' shares of items.
 cudaError_t LaunchPersistent(const TiledKernel& kernel, TiledArgs args, cudaStream_t stream) {
   const int64_t warps = kernel.threads / 32, bands = args.rows / kernel.block_rows;
   const int64_t places = int64_t{Multiprocessors()} * kernel.blocks;
@@ -36,14 +35,9 @@ cudaError_t LaunchPersistent(const TiledKernel& kernel, TiledArgs args, cudaStre
 }  // namespace
 
 const TiledKernels* FindTiledKernels(int format) {
-  switch (format) {
-#define JAX_MOE_CASE(FORMAT) \
-  case FORMAT::kType:        \
-    return &Tiled<FORMAT>();
-    JAX_MOE_TILED_FORMATS(JAX_MOE_CASE)
-#undef JAX_MOE_CASE
-  }
-  return nullptr;
+  const TiledKernels* kernels = nullptr;
+  VisitTiledFormat(format, [&](auto decoder) { kernels = &Tiled<decltype(decoder)>(); });
+  return kernels;
 }
 
 cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t stream) {

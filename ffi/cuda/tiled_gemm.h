@@ -77,6 +77,10 @@ struct TiledKernels {
   TiledKernel down;     // takes TiledDownArgs
 };
 
+// The kernels of one format, instantiated in tiled_*.cu.
+template <typename Format>
+const TiledKernels& Tiled();
+
 // The kernels for weights of ggml_type `format`; null where the format has no tiled layout.
 const TiledKernels* FindTiledKernels(int format);
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "ffi/cuda/tiled_down.cuh"
-#include "ffi/cuda/tiled_formats.h"
+#include "ffi/cuda/tiled_gemm.h"
 #include "ffi/cuda/tiled_narrow.cuh"
 #include "ffi/cuda/tiled_wide.cuh"
 

@@ -156,7 +156,7 @@ class NarrowWarp {
   __device__ __forceinline__ void FetchAhead() {
     while (ring_.HasPlace() && HasStep()) {
       const uint8_t* from = source_.band + (fetch_matrix_ == 0 ? 0 : source_.to_second);
-      ring_.Fetch({from + fetch_at_, min(Shape::kStageBytes, band_bytes_ - fetch_at_)});
+      ring_.Fetch(from + fetch_at_, min(Shape::kStageBytes, band_bytes_ - fetch_at_));
       fetch_at_ += splits_ * Shape::kStageBytes;
     }
   }

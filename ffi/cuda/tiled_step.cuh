@@ -21,8 +21,8 @@ __device__ __forceinline__ void MultiplySteps(float (&sum)[4], const LaneUnit<Fo
   }
 }
 
-// Adds the products of one step, 256 columns from `column` on, those of each chunk to sums of its own. x_row: the activations of token
-// lane / 4, null where there is none.
+// Adds the products of one step, 256 columns from `column` on, those of each chunk to sums of its own.
+// x_row: the activations of token lane / 4, null where there is none.
 template <typename Format>
 __device__ __forceinline__ void MultiplyStep(WarpRing<Format>& ring, const half* x_row, int column,
                                              int columns, const float (&normaliser)[2],

@@ -79,10 +79,8 @@ class LaneUnit {
   half2 scale_[kGroups][Fields::kPositions], offset_[kGroups];
 };
 
-// Columns, bytes and atoms of a row of tiled blocks.
 template <typename Format>
 struct TiledRow {
-  static constexpr int kChunks = TiledUnit<Format>::kChunks;  // of an atom
   // Bytes of a band's columns 0 .. columns - 1, columns a multiple of a block.
   static __device__ __forceinline__ int BandBytes(int columns) {
     return columns / Format::kBlock * Format::kBytes * 16;

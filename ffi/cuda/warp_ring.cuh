@@ -31,12 +31,6 @@ struct TiledNarrowShape {
   };
 };
 
-// Where a step's bytes begin and how many there are.
-struct Span16 {
-  const uint8_t* from;
-  int bytes;  // a multiple of 16
-};
-
 // A warp's ring: steps are fetched and waited for in order, at most kStages ahead.
 template <typename Format>
 class WarpRing {
@@ -52,16 +46,17 @@ class WarpRing {
 #endif
   }
 
-  __device__ __forceinline__ void Fetch(const Span16& span) {
+  // bytes: a multiple of 16.
+  __device__ __forceinline__ void Fetch(const uint8_t* from, int bytes) {
     uint8_t* to = ring_[fetched_];
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if (threadIdx.x % 32 == 0) {
-      ArriveExpectBytes(full_ + fetched_, span.bytes);
-      BulkCopy(to, span.from, span.bytes, full_ + fetched_);
+      ArriveExpectBytes(full_ + fetched_, bytes);
+      BulkCopy(to, from, bytes, full_ + fetched_);
     }
 #else
-    for (int at = 16 * (threadIdx.x % 32); at < span.bytes; at += 16 * 32) {
-      CopyAsync16(to + at, span.from + at);
+    for (int at = 16 * (threadIdx.x % 32); at < bytes; at += 16 * 32) {
+      CopyAsync16(to + at, from + at);
     }
     CommitCopies();
 #endif
