@@ -12,14 +12,14 @@
 // jax_moe_gemm         x [T | P, K] f32|f16|bf16, weight u8 [E, N, row_bytes] | f32|f16|bf16 [E, N, K],
 //                      sorted_token_ids s32 [P], flat_expert_ids s32 [P], topk_weights f32 [P] | [0],
 //                      weight_aux f32 [E, N, 2] | [0]
-//                   -> y [P, N] f32|f16|bf16, workspace u8 [bytes of plan::Gemm]
+//                   -> y [P, N] f32|f16|bf16, workspace u8 [plan::GemmWorkspace]
 //                      format (ggml_type; F32 0, F16 1, BF16 30 where dense), top_k, variant (Variant)
 // jax_moe_ffn          x [T, H] f32|f16|bf16, expert_ids s32 [T, k], weights f32 [T, k],
 //                      gate, up, down (as `weight` above; merged: gate holds gate rows then up rows and
 //                      up is absent; ungated: gate is absent), gate_bias, up_bias, down_bias f32 [E, N] | [0],
 //                      gate_scale, up_scale, down_scale f32 [E] | [0],
 //                      gate_aux, up_aux, down_aux f32 [E, N, 2] | [0]
-//                   -> y [T, H] of x's dtype, workspace u8 [bytes of plan::Ffn]
+//                   -> y [T, H] of x's dtype, workspace u8 [plan::FfnWorkspace]
 //                      gate_format, up_format, down_format (-1 where absent), merged (0|1),
 //                      activation (Activation), limit, beta, linear_beta,
 //                      weights_before (0|1), variant (Variant)

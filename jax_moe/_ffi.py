@@ -130,6 +130,15 @@ def native() -> Any:
     return _native
 
 
+def workspace_bytes(problem: Any, tokens: Any) -> Any:
+    """Bytes that a call allocates for `problem`, a GemmProblem or FfnProblem of the native module.
+
+    `tokens` may be a symbolic dimension, and so may the result.
+    """
+    fixed, per_token = native().workspace(problem)
+    return fixed + per_token * tokens
+
+
 def _runs_on_gpu() -> bool:
     """Whether JAX runs on a GPU unless it is told otherwise."""
     device = jax.config.jax_default_device  # type: ignore[attr-defined]

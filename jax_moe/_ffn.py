@@ -94,6 +94,7 @@ class FfnProblem:
     activation: str
     numbers: tuple[float, float, float]
     variant: MoEVariant | None
+    biased: bool  # gate or up
 
 
 def moe_ffn(
@@ -179,6 +180,7 @@ def moe_ffn(
         bool(weights_before),
         0 if variant is None else variant.value,
         problem.d_expert,
+        problem.biased,
     )
     operands = [weight_operand(w) for w in (gate, up, experts.down)]
     (y,) = _ffn_op(
@@ -270,6 +272,9 @@ def ffn_problem(
         activation=activation,
         numbers=numbers,
         variant=variant,
+        biased=any(
+            bias is not None for bias in (experts.gate_bias, experts.up_bias, experts.gate_up_bias)
+        ),
     )
 
 
@@ -281,28 +286,36 @@ class _Static(NamedTuple):
     weights_before: bool
     variant: int
     d_expert: int
+    biased: bool
 
 
 def _run(static: _Static, x, expert_ids, weights, gate, up, down, *others):
     tokens, d_model = x.shape
     check.pair_count(tokens * expert_ids.shape[1])
-    fixed, per_token = _ffi.native().ffn_workspace(
-        top_k=expert_ids.shape[1],
-        experts=down.shape[0],
-        d_model=d_model,
-        d_expert=static.d_expert,
-    )
-    results = (
-        jax.ShapeDtypeStruct((tokens, d_model), x.dtype),
-        jax.ShapeDtypeStruct((fixed + per_token * tokens,), jnp.uint8),
-    )
     limit, beta, linear_beta = static.numbers
 
     def call(projections, operands):
         routed, biases_and_scales = operands[:3], operands[3:]
+        problem = _ffi.native().FfnProblem(
+            top_k=expert_ids.shape[1],
+            experts=down.shape[0],
+            d_model=d_model,
+            d_expert=static.d_expert,
+            gate_format=projections[0].format,
+            up_format=projections[1].format,
+            down_format=projections[2].format,
+            variant=static.variant,
+            activation=static.activation,
+            limit=limit,
+            biased=static.biased,
+        )
+        workspace = _ffi.workspace_bytes(problem, tokens)
         y, _ = _ffi.call(
             "jax_moe_ffn",
-            results,
+            (
+                jax.ShapeDtypeStruct((tokens, d_model), x.dtype),
+                jax.ShapeDtypeStruct((workspace,), jnp.uint8),
+            ),
             *routed,
             *(projection.data for projection in projections),
             *biases_and_scales,

@@ -201,23 +201,24 @@ class _Static(NamedTuple):
 def _run(static: _Static, x, data, aux, *ids_and_weights):
     pairs = ids_and_weights[0].shape[0]
     check.pair_count(pairs)
-    fixed, per_token = _ffi.native().gemm_workspace(
-        top_k=static.top_k,
-        experts=data.shape[0],
-        n=static.n,
-        k=static.k,
-        rows_are_pairs=static.rows_are_pairs,
-    )
-    results = (
-        jax.ShapeDtypeStruct((pairs, static.n), static.y_dtype),
-        jax.ShapeDtypeStruct((fixed + per_token * (pairs // static.top_k),), jnp.uint8),
-    )
 
     def call(weights, operands):
         (weight,), (x, *rest) = weights, operands
+        problem = _ffi.native().GemmProblem(
+            top_k=static.top_k,
+            experts=weight.data.shape[0],
+            n=static.n,
+            k=static.k,
+            rows_are_pairs=static.rows_are_pairs,
+            format=weight.format,
+        )
+        workspace = _ffi.workspace_bytes(problem, pairs // static.top_k)
         y, _ = _ffi.call(
             "jax_moe_gemm",
-            results,
+            (
+                jax.ShapeDtypeStruct((pairs, static.n), static.y_dtype),
+                jax.ShapeDtypeStruct((workspace,), jnp.uint8),
+            ),
             x,
             weight.data,
             *rest,

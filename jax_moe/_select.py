@@ -6,8 +6,9 @@ from typing import Any
 import jax
 
 from jax_moe import _ffi
-from jax_moe._ffn import ffn_problem
-from jax_moe._gemm import gemm_problem
+from jax_moe._activations import ACTIVATIONS
+from jax_moe._ffn import FfnProblem, ffn_problem
+from jax_moe._gemm import GemmProblem, gemm_problem
 from jax_moe._operands import gguf_format
 from jax_moe._variants import MoEVariant
 
@@ -55,41 +56,55 @@ def select_kernel(op: str, *args: Any, platform: str | None = None, **kwargs: An
         platform = "cpu" if jax.default_backend() == "cpu" else "cuda"
     if platform not in ("cpu", "cuda"):
         raise ValueError(f"platform is 'cpu' or 'cuda', not {platform!r}.")
+    checked: GemmProblem | FfnProblem
     if op == "moe_gemm":
-        gemm = gemm_problem(*args, **kwargs)
-        variant = gemm.variant
-        described = _ffi.native().describe_gemm(
-            platform=platform,
-            tokens=gemm.num_pairs // gemm.top_k,
+        checked = gemm = gemm_problem(*args, **kwargs)
+        format = _format_on(platform, gemm.format)
+        tokens, x_dtype, y_dtype = gemm.num_pairs // gemm.top_k, gemm.x_dtype, gemm.y_dtype
+        problem = _ffi.native().GemmProblem(
             top_k=gemm.top_k,
             experts=gemm.num_experts,
             n=gemm.n,
             k=gemm.k,
             rows_are_pairs=gemm.rows_are_pairs,
-            format=_format_on(platform, gemm.format),
-            variant=0 if variant is None else variant.value,
-            x_dtype=gemm.x_dtype.name,
-            y_dtype=gemm.y_dtype.name,
-            capability=_compute_capability(),
+            format=format,
         )
     elif op == "moe_ffn":
-        ffn = ffn_problem(*args, **kwargs)
-        variant = ffn.variant
-        described = _ffi.native().describe_ffn(
-            platform=platform,
-            tokens=ffn.num_tokens,
+        checked = ffn = ffn_problem(*args, **kwargs)
+        gate_format, up_format, format = (_format_on(platform, f) for f in ffn.formats)
+        tokens, x_dtype, y_dtype = ffn.num_tokens, ffn.x_dtype, ffn.x_dtype
+        problem = _ffi.native().FfnProblem(
             top_k=ffn.top_k,
             experts=ffn.num_experts,
             d_model=ffn.d_model,
             d_expert=ffn.d_expert,
-            down_format=_format_on(platform, ffn.formats[2]),
-            variant=0 if variant is None else variant.value,
-            x_dtype=ffn.x_dtype.name,
-            capability=_compute_capability(),
+            gate_format=gate_format,
+            up_format=up_format,
+            down_format=format,
+            variant=_code(ffn.variant),
+            activation=ACTIVATIONS[ffn.activation].code,
+            limit=ffn.numbers[0],
+            biased=ffn.biased,
         )
     else:
         raise ValueError(f"op is 'moe_gemm' or 'moe_ffn', not {op!r}.")
-    return KernelInfo(variant=variant, platform=platform, **described)
+    described = _ffi.native().describe(
+        platform=platform,
+        is_ffn=op == "moe_ffn",
+        variant=_code(checked.variant),
+        format=format,
+        x_dtype=x_dtype.name,
+        y_dtype=y_dtype.name,
+        pairs=tokens * checked.top_k,
+        experts=checked.num_experts,
+        capability=_compute_capability(),
+        workspace_bytes=_ffi.workspace_bytes(problem, tokens),
+    )
+    return KernelInfo(variant=checked.variant, platform=platform, **described)
+
+
+def _code(variant: MoEVariant | None) -> int:
+    return 0 if variant is None else variant.value
 
 
 def _compute_capability() -> int:

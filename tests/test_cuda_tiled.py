@@ -348,6 +348,32 @@ def check_ffn(problems, bound, oracle_options=None, **options):
         assert_close(y, expected, bound, x.shape)
 
 
+@pytest.mark.parametrize("biased", (False, True))
+@pytest.mark.parametrize("tiled", (False, True))
+@pytest.mark.parametrize("tokens", (1, 24, 64))
+def test_memory_is_what_select_kernel_predicts(tokens, tiled, biased):
+    """XLA's temporaries are the workspace: no other layout or dequantised copy of a weight."""
+    num_experts, top_k, d_model, d_expert = 64, 8, 512, 512
+    experts = Experts(
+        gate=random_weights("Q4_K", num_experts, d_expert, d_model, seed=1)[0],
+        up=random_weights("Q4_K", num_experts, d_expert, d_model, seed=2)[0],
+        down=random_weights("Q6_K", num_experts, d_model, d_expert, seed=3)[0],
+        up_bias=jnp.ones((num_experts, d_expert)) if biased else None,
+    )
+    rng = np.random.default_rng(0)
+    arguments = (
+        oracle.normal(rng, (tokens, d_model), "bfloat16"),
+        oracle.random_routing(rng, tokens, num_experts, top_k),
+        experts.prepack() if tiled else experts,
+    )
+    predicted = jax_moe.select_kernel("moe_ffn", *arguments).workspace_bytes
+    assert predicted < experts.up.data.nbytes
+    compiled = jax.jit(jax_moe.moe_ffn).lower(*arguments).compile()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    assert predicted <= temporaries <= predicted + 16 * 256  # operands that are absent, alignment
+    assert np.isfinite(np.asarray(compiled(*arguments), np.float32)).all()
+
+
 def tiled(problems, names=("gate", "up", "gate_up", "down")):
     """The problems with these weights tiled."""
     result = []

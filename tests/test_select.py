@@ -1,5 +1,6 @@
 """select_kernel and the FFI layer's promises about versions."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,11 +8,15 @@ import textwrap
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import oracle
 import pytest
 
 import jax_moe
-from jax_moe import Experts, MoEVariant, Routing, _ffi
+from jax_moe import Experts, MoEVariant, PackedExperts, Routing, _ffi
+from jax_moe._activations import ACTIVATIONS
+from jax_moe._formats import FORMATS
+from jax_moe._operands import TILED_FORMAT
 
 
 def gemm_shapes(dtype=jnp.float32):
@@ -116,6 +121,164 @@ def test_tiles_that_fit_the_device(monkeypatch, capability, format_name, tile):
     info = jax_moe.select_kernel("moe_gemm", x, weight, pairs, pairs, top_k=1, platform="cuda")
     assert info.tile == tile
     assert info.architecture == ("sm_90a" if capability == 90 else "sm_80")
+
+
+def abstract_weight(format_name: str, shape: tuple[int, int, int], tiled: bool) -> PackedExperts:
+    format = FORMATS[format_name]
+    *leading, k = shape
+    row_bytes = k // format.block_size * format.block_bytes
+    data = jax.ShapeDtypeStruct((*leading, row_bytes), jnp.uint8)
+    if not tiled:
+        return PackedExperts(data, format)
+    return PackedExperts(data, format, "tiled", jax.ShapeDtypeStruct((*leading, 2), jnp.float32))
+
+
+def abstract_ffn(tokens, experts, top_k, d_model, d_expert, *, formats=("Q4_K",) * 3, tiled=True):
+    """Arguments of moe_ffn without arrays; `formats` of gate (None: none), up and down."""
+    rows_and_columns = ((d_expert, d_model), (d_expert, d_model), (d_model, d_expert))
+    weights = {
+        name: abstract_weight(format, (experts, *shape), tiled)
+        for name, format, shape in zip(
+            ("gate", "up", "down"), formats, rows_and_columns, strict=True
+        )
+        if format is not None
+    }
+    routing = Routing(
+        jax.ShapeDtypeStruct((tokens, top_k), jnp.int32),
+        jax.ShapeDtypeStruct((tokens, top_k), jnp.float32),
+    )
+    return jax.ShapeDtypeStruct((tokens, d_model), jnp.float32), routing, Experts(**weights)
+
+
+def ffn_workspace(arguments, platform="cuda", **options) -> int:
+    return jax_moe.select_kernel(
+        "moe_ffn", *arguments, platform=platform, **options
+    ).workspace_bytes
+
+
+def fixed_bytes(experts: int) -> int:
+    """Offsets, a tile an expert, the number of tiles, and the rounding of eight areas to 256."""
+    return 4 * (experts + 1) + 16 * experts + 4 + 8 * 256
+
+
+def test_workspace_of_tiled_weights_on_cuda():
+    """Qwen3-30B-A3B: x and h in f16, each row with a scale and a norm, down in f32, lists."""
+    tokens, experts, top_k, d_model, d_expert = shape = (512, 128, 8, 2048, 768)
+    a_pair = 2 * d_expert + 8 + 4 * d_model + 3 * 4
+    expected = fixed_bytes(experts) + tokens * (top_k * a_pair + 2 * d_model + 8)
+    tiled, gguf = abstract_ffn(*shape), abstract_ffn(*shape, tiled=False)
+    assert ffn_workspace(tiled) == expected == 42_033_672
+    # On the CPU the weights are unpacked. There rows of x and h are f32 with their sums, padded to
+    # 512 columns, and one program for GGUF's layout has to do for the CPU and for CUDA.
+    assert ffn_workspace(gguf) == ffn_workspace(gguf, "cpu") == ffn_workspace(tiled, "cpu")
+    assert ffn_workspace(gguf) - expected == 15_169_536
+
+
+@pytest.mark.parametrize("platform", ("cpu", "cuda"))
+def test_each_platform_allocates_its_workspace(platform):
+    """A program with tiled weights asks for what its platform takes, and select_kernel tells it."""
+    arguments = abstract_ffn(40, 4, 2, 256, 512)
+    lowered = jax.jit(jax_moe.moe_ffn).trace(*arguments).lower(lowering_platforms=(platform,))
+    assert f"tensor<{ffn_workspace(arguments, platform)}xui8>" in lowered.as_text()
+    x, _, experts = arguments
+    ids = jax.ShapeDtypeStruct((40,), jnp.int32)
+    gemm = (x, experts.up, ids, ids)
+    info = jax_moe.select_kernel("moe_gemm", *gemm, top_k=1, platform=platform)
+    traced = jax.jit(lambda *a: jax_moe.moe_gemm(*a, top_k=1)).trace(*gemm)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert f"tensor<{info.workspace_bytes}xui8>" in text
+
+
+@pytest.mark.parametrize(
+    ("gate", "bias", "options", "columns"),
+    [
+        ("Q4_K", None, {}, 256),
+        ("Q6_K", None, {}, 1024),
+        ("Q4_K", "up_bias", {}, 1024),
+        ("Q4_K", "gate_bias", {"activation": "swiglu_oai", "activation_limit": 0.7}, 256),
+        ("Q4_K", None, {"variant": MoEVariant.SCALAR_GGUF}, 1024),
+        (None, None, {"activation": "silu"}, 256),
+        (None, "up_bias", {"activation": "silu"}, 512),
+    ],
+)
+def test_gate_and_up_have_memory_where_they_are_stored(gate, bias, options, columns):
+    """In float32, before down; most calls make h of x in one launch and store neither."""
+    x, routing, experts = abstract_ffn(40, 4, 2, 256, 512, formats=(gate, "Q4_K", "Q4_K"))
+    if bias is not None:
+        extra = {bias: jax.ShapeDtypeStruct((4, 512), jnp.float32)}
+        experts = dataclasses.replace(experts, **extra)
+    arguments = (x, routing, experts)
+    a_pair = 2 * 512 + 8 + 4 * columns + 3 * 4
+    expected = fixed_bytes(4) + 40 * (2 * a_pair + 2 * 256 + 8)
+    assert ffn_workspace(arguments, **options) == expected
+    call = jax.jit(lambda *a: jax_moe.moe_ffn(*a, **options))
+    text = call.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert f"tensor<{expected}xui8>" in text
+
+
+def random_problems(rng):
+    """Native problems of either op, in every mix of layouts."""
+    native, q4_k, q6_k = _ffi.native(), FORMATS["Q4_K"].ggml_type, FORMATS["Q6_K"].ggml_type
+    formats = (0, 1, 30, q4_k, q4_k | TILED_FORMAT, q6_k | TILED_FORMAT)
+    for _ in range(400):
+        top_k, experts = int(rng.integers(1, 11)), int(rng.choice([1, 3, 8, 128, 500]))
+        widths = rng.integers(1, 120, 2) * rng.choice([1, 16, 128], 2)
+        gate, up, down = (int(format) for format in rng.choice(formats, 3))
+        given = [(gate, up), (gate, gate), (gate, -1), (-1, up)][rng.integers(4)]
+        yield native.FfnProblem(
+            top_k=top_k,
+            experts=experts,
+            d_model=int(widths[0]),
+            d_expert=int(widths[1]),
+            gate_format=given[0],
+            up_format=given[1],
+            down_format=down,
+            variant=int(rng.integers(4)),
+            activation=int(rng.integers(len(ACTIVATIONS))),
+            limit=float(rng.choice([0.0, 0.7, np.inf])),
+            biased=bool(rng.integers(2)),
+        )
+        yield native.GemmProblem(
+            top_k=top_k,
+            experts=experts,
+            n=int(widths[0]),
+            k=int(widths[1]),
+            rows_are_pairs=bool(rng.integers(2)),
+            format=down,
+        )
+
+
+def test_cuda_keeps_within_the_workspace():
+    """For any number of tokens: the bound is linear in them, so that they may be symbolic."""
+    native = _ffi.native()
+    for problem in random_problems(np.random.default_rng(0)):
+        for tokens in (0, 1, 2, 3, 17, 64, 511, 4096, 100_000):
+            used = native.cuda_workspace_used(problem, tokens)
+            assert used <= _ffi.workspace_bytes(problem, tokens)
+
+
+def test_workspace_of_tiled_weights_is_not_above_what_cuda_uses():
+    native, tiled = _ffi.native(), FORMATS["Q4_K"].ggml_type | TILED_FORMAT
+    dims = {"top_k": 8, "experts": 128}
+    ffn = native.FfnProblem(
+        **dims,
+        d_model=2048,
+        d_expert=768,
+        gate_format=tiled,
+        up_format=tiled,
+        down_format=tiled,
+        variant=0,
+        activation=0,
+        limit=0.0,
+        biased=False,
+    )
+    gemm = native.GemmProblem(**dims, n=768, k=2048, rows_are_pairs=False, format=tiled)
+    for problem in (ffn, gemm):
+        for tokens in (1, 16, 512, 4096):
+            spare = _ffi.workspace_bytes(problem, tokens) - native.cuda_workspace_used(
+                problem, tokens
+            )
+            assert 0 <= spare <= 8 * 256 + 16 * 128
 
 
 def test_platform_is_checked():

@@ -1,7 +1,5 @@
 #include "ffi/cuda/ffn.h"
 
-#include <cmath>
-
 #include "ffi/cuda/combine.h"
 
 namespace jax_moe::cuda {
@@ -177,16 +175,6 @@ bool SameKind(const Weight& a, const Weight& b) {
   return a.format == b.format && a.tiled == b.tiled;
 }
 
-// Whether gate, up and the activation are one launch: h then comes out as a tiled down projection
-// reads it. Rounding h to q8_1 needs its rows first, and so does scaling h where nothing bounds it.
-bool Fuses(const Ffn& ffn) {
-  const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
-  const bool bounded = ffn.activation == Activation::kSwigluOai && std::isfinite(ffn.limit);
-  return up.tiled && ffn.down.tiled && ffn.variant != Variant::kScalarGguf &&
-         (!ffn.gate || !ffn.up || SameKind(*ffn.gate, up)) && ffn.d_expert % 16 == 0 &&
-         (bounded || (ffn.gate_projection.bias == nullptr && ffn.up_projection.bias == nullptr));
-}
-
 // gate and up: values [pairs, columns], gate's columns first.
 cudaError_t RunGateAndUp(const Ffn& ffn, int64_t columns, Products& products, cudaStream_t stream) {
   std::optional<Layout> prepared;
@@ -216,7 +204,7 @@ cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream) {
   const PreparedRows h = PrepareFor(ffn, ffn.down, Element::kF32, ffn.pairs, ffn.d_expert,
                                     ffn.memory + ffn.layout.h);
   cudaError_t status;
-  if (Fuses(ffn)) {
+  if (ffn.fuses) {
     const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
     const PreparedRows x =
         PrepareFor(ffn, up, ffn.type, ffn.tokens, ffn.d_model, ffn.memory + ffn.layout.x);

@@ -21,6 +21,7 @@ struct Ffn {
   std::optional<Weight> gate, up;  // merged: gate alone, with the rows of both
   Weight down;
   bool merged, weights_before;
+  bool fuses;  // plan::CudaFuses
   Variant variant;
   Projection gate_projection, up_projection, down_projection;
   Activation activation;

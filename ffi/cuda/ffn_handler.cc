@@ -119,7 +119,12 @@ ffi::Error ReadAndRun(cudaStream_t stream, ffi::AnyBuffer x, S32Matrix expert_id
   ffn.limit = options.limit;
   ffn.beta = options.beta;
   ffn.linear_beta = options.linear_beta;
-  ffn.layout = plan::LayoutCudaFfn({ffn.top_k, ffn.experts, ffn.d_model, ffn.d_expert}, ffn.tokens);
+  const bool biased = ffn.gate_projection.bias != nullptr || ffn.up_projection.bias != nullptr;
+  const plan::FfnProblem problem = {{ffn.top_k, ffn.experts, ffn.d_model, ffn.d_expert},
+                                    options.gate_format, options.up_format, options.down_format,
+                                    ffn.variant, ffn.activation, ffn.limit, biased};
+  ffn.fuses = plan::CudaFuses(problem);
+  ffn.layout = plan::LayoutCudaFfn(problem, ffn.tokens);
   if (static_cast<int64_t>(workspace->size_bytes()) < ffn.layout.bytes) {
     return Invalid(kOp, "the workspace has " + std::to_string(workspace->size_bytes()) +
                             " bytes, but needs " + std::to_string(ffn.layout.bytes));

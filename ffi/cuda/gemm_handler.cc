@@ -50,9 +50,8 @@ ffi::Error Gemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight_buf
   if (pairs == 0 || weight.rows == 0) return ffi::Error::Success();
 
   const bool rows_are_pairs = x_dims[0] == pairs;
-  const plan::GemmShape shape = {top_k, weight.experts, weight.rows, weight.columns,
-                                 rows_are_pairs};
-  const plan::CudaGemmLayout layout = plan::LayoutCudaGemm(shape, tokens);
+  const plan::CudaGemmLayout layout = plan::LayoutCudaGemm(
+      {{top_k, weight.experts, weight.rows, weight.columns, rows_are_pairs}, format}, tokens);
   if (static_cast<int64_t>(workspace->size_bytes()) < layout.bytes) {
     return Invalid(kOp, "the workspace has " + std::to_string(workspace->size_bytes()) +
                             " bytes, but needs " + std::to_string(layout.bytes));

@@ -1,6 +1,7 @@
 #include "ffi/plan/cuda.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "ffi/blocks/formats.h"
 #include "ffi/plan/cuda_shared.h"
@@ -30,10 +31,38 @@ int64_t TileBytes(int64_t pairs, int64_t experts) {
   return kTileBytes * (std::min(pairs, experts) + pairs / kCudaMinTileTokens);
 }
 
-// Values of at most 4 bytes, columns padded to 64, and what goes with a row.
-int64_t PreparedRowBytes(int64_t columns) { return 4 * ((columns + 63) / 64 * 64) + 16; }
+int64_t RoundUp(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-int64_t ValueColumns(const FfnShape& shape) { return std::max(2 * shape.d_expert, shape.d_model); }
+// A prepared row and what goes with it (ffi/cuda/prepare.h) for a weight of this format, at most: of
+// the activations for a tiled weight, f16 whatever the kernel, a scale and a norm; else up to 4 bytes
+// a column.
+int64_t PreparedRowBytes(int format, int64_t columns) {
+  return IsTiled(format) ? 2 * RoundUp(columns, 128) + 8 : 4 * RoundUp(columns, 64) + 16;
+}
+
+// What a row of each area of moe_ffn takes.
+struct FfnRowBytes {
+  int64_t x;          // of a token
+  int64_t h, values;  // of a pair
+};
+
+FfnRowBytes RowBytesOf(const FfnProblem& problem) {
+  const FfnShape& shape = problem.shape;
+  FfnRowBytes bytes = {};
+  // One area serves gate and up in turn.
+  for (const int format : {problem.gate_format, problem.up_format}) {
+    if (format >= 0) bytes.x = std::max(bytes.x, PreparedRowBytes(format, shape.d_model));
+  }
+  bytes.h = PreparedRowBytes(problem.down_format, shape.d_expert);
+  // What the wide kernels for tiled weights store of down, f16 and a scale, is less, but not every
+  // device has them.
+  bytes.values = 4 * shape.d_model;
+  if (!CudaFuses(problem)) {
+    const int64_t columns = (problem.gate_format >= 0 ? 2 : 1) * shape.d_expert;
+    bytes.values = std::max(bytes.values, 4 * columns);
+  }
+  return bytes;
+}
 
 }  // namespace
 
@@ -149,7 +178,17 @@ int ChooseCudaLogSplits(int64_t k) {
   return chunks >= 3 ? 2 : chunks == 2 ? 1 : 0;
 }
 
-CudaGemmLayout LayoutCudaGemm(const GemmShape& shape, int64_t tokens) {
+bool CudaFuses(const FfnProblem& problem) {
+  const int gate = problem.gate_format;
+  const int up = problem.up_format >= 0 ? problem.up_format : gate;
+  const bool bounded = problem.activation == Activation::kSwigluOai && std::isfinite(problem.limit);
+  return IsTiled(up) && IsTiled(problem.down_format) && (gate < 0 || gate == up) &&
+         problem.variant != Variant::kScalarGguf && problem.shape.d_expert % 16 == 0 &&
+         (bounded || !problem.biased);
+}
+
+CudaGemmLayout LayoutCudaGemm(const GemmProblem& problem, int64_t tokens) {
+  const GemmShape& shape = problem.shape;
   const int64_t pairs = tokens * shape.top_k;
   Areas areas;
   CudaGemmLayout layout;
@@ -160,12 +199,15 @@ CudaGemmLayout LayoutCudaGemm(const GemmShape& shape, int64_t tokens) {
   layout.offsets = areas.Add(4 * (shape.experts + 1));
   layout.tiles = areas.Add(TileBytes(pairs, shape.experts));
   layout.num_tiles = areas.Add(4);
-  layout.x = areas.Add((shape.rows_are_pairs ? pairs : tokens) * PreparedRowBytes(shape.k));
+  layout.x = areas.Add((shape.rows_are_pairs ? pairs : tokens) *
+                       PreparedRowBytes(problem.format, shape.k));
   layout.bytes = areas.end();
   return layout;
 }
 
-CudaFfnLayout LayoutCudaFfn(const FfnShape& shape, int64_t tokens) {
+CudaFfnLayout LayoutCudaFfn(const FfnProblem& problem, int64_t tokens) {
+  const FfnShape& shape = problem.shape;
+  const FfnRowBytes bytes = RowBytesOf(problem);
   const int64_t pairs = tokens * shape.top_k;
   Areas areas;
   CudaFfnLayout layout;
@@ -174,27 +216,29 @@ CudaFfnLayout LayoutCudaFfn(const FfnShape& shape, int64_t tokens) {
   layout.offsets = areas.Add(4 * (shape.experts + 1));
   layout.tiles = areas.Add(TileBytes(pairs, shape.experts));
   layout.num_tiles = areas.Add(4);
-  layout.x = areas.Add(tokens * PreparedRowBytes(shape.d_model));
-  layout.h = areas.Add(pairs * PreparedRowBytes(shape.d_expert));
-  layout.values = areas.Add(pairs * 4 * ValueColumns(shape));
+  layout.x = areas.Add(tokens * bytes.x);
+  layout.h = areas.Add(pairs * bytes.h);
+  layout.values = areas.Add(pairs * bytes.values);
   layout.bytes = areas.end();
   return layout;
 }
 
 // The bounds: every area without its rounding, and the rounding of eight areas.
 
-Workspace CudaGemmWorkspace(const GemmShape& shape) {
+Workspace CudaGemmWorkspace(const GemmProblem& problem) {
+  const GemmShape& shape = problem.shape;
   const int64_t rows = shape.rows_are_pairs ? shape.top_k : 1;
-  return {
-      8 * kAlign + 4 * (shape.experts + 1) + kTileBytes * shape.experts + 4,
-      shape.top_k * (4 * 4 + kTileBytes / kCudaMinTileTokens) + rows * PreparedRowBytes(shape.k)};
+  return {8 * kAlign + 4 * (shape.experts + 1) + kTileBytes * shape.experts + 4,
+          shape.top_k * (4 * 4 + kTileBytes / kCudaMinTileTokens) +
+              rows * PreparedRowBytes(problem.format, shape.k)};
 }
 
-Workspace CudaFfnWorkspace(const FfnShape& shape) {
+Workspace CudaFfnWorkspace(const FfnProblem& problem) {
+  const FfnShape& shape = problem.shape;
+  const FfnRowBytes bytes = RowBytesOf(problem);
   return {8 * kAlign + 4 * (shape.experts + 1) + kTileBytes * shape.experts + 4,
-          shape.top_k * (2 * 4 + kTileBytes / kCudaMinTileTokens +
-                         PreparedRowBytes(shape.d_expert) + 4 * ValueColumns(shape)) +
-              PreparedRowBytes(shape.d_model)};
+          shape.top_k * (2 * 4 + kTileBytes / kCudaMinTileTokens + bytes.h + bytes.values) +
+              bytes.x};
 }
 
 }  // namespace jax_moe::plan

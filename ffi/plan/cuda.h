@@ -46,6 +46,11 @@ Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int
 // on K alone, so that a token's result has the same bits whatever the batch.
 int ChooseCudaLogSplits(int64_t k);
 
+// Whether gate, up and the activation are one launch: h then comes out as a tiled down projection
+// reads it, and gate and up are stored nowhere. Rounding h to q8_1 needs its rows first, and so does
+// scaling h where nothing bounds it.
+bool CudaFuses(const FfnProblem& problem);
+
 // The fewest tokens a tile, which bounds the number of tiles.
 inline constexpr int64_t kCudaMinTileTokens = 4;
 
@@ -66,15 +71,15 @@ struct CudaFfnLayout {
   int64_t pairs, counts, offsets, tiles, num_tiles;  // as above
   int64_t x;                                         // prepared activations of the tokens
   int64_t h;                                         // prepared activations of the pairs
-  int64_t values;  // f32 [pairs, max(2 d_expert, d_model)]: gate and up, then down
+  int64_t values;  // f32 of every pair: gate and up unless the call fuses, then down
   int64_t bytes;
 };
 
-CudaGemmLayout LayoutCudaGemm(const GemmShape& shape, int64_t tokens);
-CudaFfnLayout LayoutCudaFfn(const FfnShape& shape, int64_t tokens);
+CudaGemmLayout LayoutCudaGemm(const GemmProblem& problem, int64_t tokens);
+CudaFfnLayout LayoutCudaFfn(const FfnProblem& problem, int64_t tokens);
 
 // Upper bounds of the layouts' bytes for every number of tokens.
-Workspace CudaGemmWorkspace(const GemmShape& shape);
-Workspace CudaFfnWorkspace(const FfnShape& shape);
+Workspace CudaGemmWorkspace(const GemmProblem& problem);
+Workspace CudaFfnWorkspace(const FfnProblem& problem);
 
 }  // namespace jax_moe::plan

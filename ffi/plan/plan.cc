@@ -14,12 +14,16 @@ Workspace Larger(const Workspace& a, const Workspace& b) {
 
 }  // namespace
 
-Workspace GemmWorkspace(const GemmShape& shape) {
-  return Larger(CpuGemmWorkspace(shape), CudaGemmWorkspace(shape));
+Workspace GemmWorkspace(const GemmProblem& problem) {
+  const Workspace cuda = CudaGemmWorkspace(problem);
+  return IsTiled(problem.format) ? cuda : Larger(CpuGemmWorkspace(problem.shape), cuda);
 }
 
-Workspace FfnWorkspace(const FfnShape& shape) {
-  return Larger(CpuFfnWorkspace(shape), CudaFfnWorkspace(shape));
+Workspace FfnWorkspace(const FfnProblem& problem) {
+  const Workspace cuda = CudaFfnWorkspace(problem);
+  const bool tiled = IsTiled(problem.gate_format) || IsTiled(problem.up_format) ||
+                     IsTiled(problem.down_format);
+  return tiled ? cuda : Larger(CpuFfnWorkspace(problem.shape), cuda);
 }
 
 }  // namespace jax_moe::plan

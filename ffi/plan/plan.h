@@ -9,8 +9,9 @@
 
 namespace jax_moe::plan {
 
-// Bytes of workspace as a function of the number of tokens, an upper bound on every platform, so
-// that one traced program serves them all and a symbolic token dimension can be exported.
+// Bytes of workspace as a function of the number of tokens, an upper bound on every device that may
+// run the call, so that one traced program serves them all and a symbolic token dimension can be
+// exported.
 struct Workspace {
   int64_t fixed_bytes;
   int64_t bytes_per_token;
@@ -26,9 +27,28 @@ struct FfnShape {
   int64_t top_k, experts, d_model, d_expert;
 };
 
-// What a call allocates: enough for every platform.
-Workspace GemmWorkspace(const GemmShape& shape);
-Workspace FfnWorkspace(const FfnShape& shape);
+// A call of an op: its shape and what else decides which kernels run. Formats, variants and
+// activations are those of ffi/targets.h.
+struct GemmProblem {
+  GemmShape shape;
+  int format;
+};
+
+struct FfnProblem {
+  FfnShape shape;
+  int gate_format, up_format, down_format;
+  Variant variant;
+  Activation activation;
+  float limit;
+  bool biased;  // gate or up has a bias
+};
+
+inline bool IsTiled(int format) { return format >= 0 && (format & kTiledFormat) != 0; }
+
+// What a call allocates: enough for every platform that may run it, which is CUDA alone where a
+// weight is tiled.
+Workspace GemmWorkspace(const GemmProblem& problem);
+Workspace FfnWorkspace(const FfnProblem& problem);
 
 // What runs, and what it guarantees.
 struct Kernel {

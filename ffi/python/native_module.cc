@@ -88,7 +88,7 @@ nb::dict Describe(const std::string& platform, bool is_ffn, int variant, int for
   const plan::Kernel kernel =
       platform == "cpu"
           ? plan::CpuKernel(is_ffn, asked, IsPacked(format), x, y, workspace_bytes)
-      : format >= 0 && (format & kTiledFormat) != 0
+      : plan::IsTiled(format)
           ? plan::CudaTiledKernel(is_ffn, asked, x, y, pairs, experts, capability, workspace_bytes)
           : plan::CudaKernel(is_ffn, asked, format, IsPacked(format), x, y, pairs, experts,
                              capability, workspace_bytes);
@@ -114,41 +114,44 @@ NB_MODULE(_native, m) {
   m.def("dequantize", &DequantizeRows, "type"_a, "data"_a);
   m.def("can_be_tiled", [](int type) { return cpu::TiledBlockBytes(type) > 0; }, "type"_a);
 
-  m.def(
-      "gemm_workspace",
-      [](int64_t top_k, int64_t experts, int64_t n, int64_t k, bool rows_are_pairs) {
-        return Pair(plan::GemmWorkspace({top_k, experts, n, k, rows_are_pairs}));
-      },
-      "top_k"_a, "experts"_a, "n"_a, "k"_a, "rows_are_pairs"_a);
-  m.def(
-      "ffn_workspace",
-      [](int64_t top_k, int64_t experts, int64_t d_model, int64_t d_expert) {
-        return Pair(plan::FfnWorkspace({top_k, experts, d_model, d_expert}));
-      },
-      "top_k"_a, "experts"_a, "d_model"_a, "d_expert"_a);
-  m.def(
-      "describe_gemm",
-      [](const std::string& platform, int64_t tokens, int64_t top_k, int64_t experts, int64_t n,
-         int64_t k, bool rows_are_pairs, int format, int variant, const std::string& x_dtype,
-         const std::string& y_dtype, int capability) {
-        const int64_t bytes =
-            plan::GemmWorkspace({top_k, experts, n, k, rows_are_pairs}).Bytes(tokens);
-        return Describe(platform, false, variant, format, x_dtype, y_dtype, tokens * top_k, experts,
-                        capability, bytes);
-      },
-      "platform"_a, "tokens"_a, "top_k"_a, "experts"_a, "n"_a, "k"_a, "rows_are_pairs"_a,
-      "format"_a, "variant"_a, "x_dtype"_a, "y_dtype"_a, "capability"_a);
-  m.def(
-      "describe_ffn",
-      [](const std::string& platform, int64_t tokens, int64_t top_k, int64_t experts,
-         int64_t d_model, int64_t d_expert, int down_format, int variant,
-         const std::string& x_dtype, int capability) {
-        const int64_t bytes = plan::FfnWorkspace({top_k, experts, d_model, d_expert}).Bytes(tokens);
-        return Describe(platform, true, variant, down_format, x_dtype, x_dtype, tokens * top_k,
-                        experts, capability, bytes);
-      },
-      "platform"_a, "tokens"_a, "top_k"_a, "experts"_a, "d_model"_a, "d_expert"_a,
-      "down_format"_a, "variant"_a, "x_dtype"_a, "capability"_a);
+  nb::class_<plan::GemmProblem>(m, "GemmProblem")
+      .def(
+          "__init__",
+          [](plan::GemmProblem* self, int64_t top_k, int64_t experts, int64_t n, int64_t k,
+             bool rows_are_pairs, int format) {
+            new (self) plan::GemmProblem{{top_k, experts, n, k, rows_are_pairs}, format};
+          },
+          "top_k"_a, "experts"_a, "n"_a, "k"_a, "rows_are_pairs"_a, "format"_a);
+  nb::class_<plan::FfnProblem>(m, "FfnProblem")
+      .def(
+          "__init__",
+          [](plan::FfnProblem* self, int64_t top_k, int64_t experts, int64_t d_model,
+             int64_t d_expert, int gate_format, int up_format, int down_format, int variant,
+             int activation, float limit, bool biased) {
+            new (self) plan::FfnProblem{{top_k, experts, d_model, d_expert},
+                                        gate_format,
+                                        up_format,
+                                        down_format,
+                                        static_cast<Variant>(variant),
+                                        static_cast<Activation>(activation),
+                                        limit,
+                                        biased};
+          },
+          "top_k"_a, "experts"_a, "d_model"_a, "d_expert"_a, "gate_format"_a, "up_format"_a,
+          "down_format"_a, "variant"_a, "activation"_a, "limit"_a, "biased"_a);
+
+  // Bytes as (fixed, a token): what a call allocates.
+  m.def("workspace", [](const plan::GemmProblem& p) { return Pair(plan::GemmWorkspace(p)); });
+  m.def("workspace", [](const plan::FfnProblem& p) { return Pair(plan::FfnWorkspace(p)); });
+  // What the CUDA handler takes of it.
+  m.def("cuda_workspace_used", [](const plan::GemmProblem& p, int64_t tokens) {
+    return plan::LayoutCudaGemm(p, tokens).bytes;
+  });
+  m.def("cuda_workspace_used", [](const plan::FfnProblem& p, int64_t tokens) {
+    return plan::LayoutCudaFfn(p, tokens).bytes;
+  });
+  m.def("describe", &Describe, "platform"_a, "is_ffn"_a, "variant"_a, "format"_a, "x_dtype"_a,
+        "y_dtype"_a, "pairs"_a, "experts"_a, "capability"_a, "workspace_bytes"_a);
 }
 
 }  // namespace jax_moe
