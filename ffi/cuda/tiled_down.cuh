@@ -14,7 +14,7 @@ namespace jax_moe::cuda {
 template <typename Format>
 struct TiledDownShape {
   using Narrow = TiledNarrowShape<Format>;
-  static constexpr int kPairs = 32;
+  static constexpr int kPairs = FewTiles::kPairs;
   static constexpr int kWarps = 8;
   static constexpr int kMostSplits = 4;
 
@@ -22,9 +22,7 @@ struct TiledDownShape {
     uint8_t ring[kWarps][Narrow::kStages][Narrow::kStageBytes];
     uint64_t full[kWarps][Narrow::kStages];
     float sums[kPairs][kMostSplits][Narrow::kRows + 1];
-    int32_t first[kWarps][kPairs];  // pair of every tile
-    int32_t expert[kWarps][kPairs];
-    int32_t pair[kWarps][Narrow::kTokens];
+    FewTiles::Table tiles[kWarps];
   };
 };
 
@@ -40,20 +38,9 @@ __global__ void __launch_bounds__(32 * TiledDownShape<Format>::kWarps, 2)
   const int team = warp >> args.log_splits, split = warp & (splits - 1);
   LetNextKernelStart();
   // Tiles from the ids, which are older than the kernel before this one.
-  const int pairs = args.tokens * args.top_k;
-  int id = lane < pairs ? args.expert_ids[lane] : -1;
-  if (id < 0 || id >= args.experts) id = -1 - lane;  // like no other
-  const unsigned same = __match_any_sync(0xffffffffu, id);
-  const int rank = __popc(same & ((1u << lane) - 1));
-  const bool begins = id >= 0 && rank % Shape::kTokens == 0;
-  const unsigned beginnings = __ballot_sync(0xffffffffu, begins);
-  if (begins) {
-    const int tile = __popc(beginnings & ((1u << lane) - 1));
-    memory.first[warp][tile] = lane;
-    memory.expert[warp][tile] = id;
-  }
-  __syncwarp();
-  const int tiles = __popc(beginnings);
+  FewTiles::Table& table = memory.tiles[warp];
+  FewTiles few(args.expert_ids, args.tokens * args.top_k, args.experts, table);
+  const int tiles = few.Number();
 
   const int row0 = blockIdx.x * Shape::kRows, stride = splits * Shape::kStep;
   WarpRing<Format> ring(memory.ring[warp], memory.full[warp]);
@@ -64,7 +51,7 @@ __global__ void __launch_bounds__(32 * TiledDownShape<Format>::kWarps, 2)
   const auto fetch_ahead = [&] {
     while (ring.HasPlace() && fetch_tile < tiles) {
       const uint8_t* band = args.matrix.data +
-                            memory.expert[warp][fetch_tile] * args.matrix.expert_bytes +
+                            few.Expert(fetch_tile) * args.matrix.expert_bytes +
                             row0 * args.row_bytes;
       ring.Fetch(band + fetch_at, min(Shape::kStageBytes, band_bytes - fetch_at));
       fetch_at += splits * Shape::kStageBytes;
@@ -79,34 +66,31 @@ __global__ void __launch_bounds__(32 * TiledDownShape<Format>::kWarps, 2)
   const auto aux_of = [&](int tile) {
     if (tile >= tiles) return make_float2(1.0f, 1.0f);
     const float* aux = args.matrix.aux +
-                       (memory.expert[warp][tile] * args.matrix.expert_rows + row0 + g) * 2;
+                       (few.Expert(tile) * args.matrix.expert_rows + row0 + g) * 2;
     return make_float2(aux[0], aux[16]);
   };
   float2 next = aux_of(team);
   WaitForEarlierKernels();
   for (int tile = team; tile < tiles; tile += teams) {
-    const int first = memory.first[warp][tile];
-    const unsigned members = __shfl_sync(0xffffffffu, same, first);
-    const int index = rank - __shfl_sync(0xffffffffu, rank, first);
-    const bool member = (members >> lane & 1) && index >= 0 && index < Shape::kTokens;
-    if (member) memory.pair[warp][index] = lane;
-    const int count = __popc(__ballot_sync(0xffffffffu, member));
-    __syncwarp();
+    const int count = few.Take(tile);
     const half* x_row = nullptr;
-    if (g < count) x_row = args.h + memory.pair[warp][g] * args.h_pitch;
+    if (g < count) x_row = args.h + table.pair[g] * args.h_pitch;
+    const int begin = split * Shape::kStep;
+    ChunkOfX x;
+    x.Load(x_row, begin, args.columns);
     const float normaliser[2] = {next.x, next.y};
     next = aux_of(tile + teams);
     const float factors[2] = {0x1p24f / normaliser[0], 0x1p24f / normaliser[1]};
     float sum[2][4] = {};
-    for (int column = split * Shape::kStep; column < args.columns; column += stride) {
-      MultiplyStep<Format>(ring, x_row, column, args.columns, factors, sum);
+    for (int column = begin; column < args.columns; column += stride) {
+      MultiplyStep<Format>(ring, x_row, x, column, column + stride, args.columns, factors, sum);
       fetch_ahead();
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int token = 2 * t + i % 2;
       if (token < count) {
-        memory.sums[memory.pair[warp][token]][split][g + 8 * (i / 2)] =
+        memory.sums[table.pair[token]][split][g + 8 * (i / 2)] =
             (sum[0][i] + sum[1][i]) * normaliser[i / 2];
       }
     }

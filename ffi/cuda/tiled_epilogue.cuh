@@ -29,33 +29,54 @@ __device__ __forceinline__ int BoundExponent(float bound) {
   return bound < INFINITY ? ilogbf(bound) + 1 : 129;
 }
 
+// What bounds h of a pair, loaded well before it is used.
+struct BoundOfH {
+  float norm, scale, weight, row_norm[2];
+
+  __device__ __forceinline__ void Load(const TiledArgs& args, int expert, int pair) {
+    const int64_t row = pair / args.pairs_a_row;
+    scale = args.x.scales[row];
+    weight = args.pair_weight == nullptr ? 1.0f : args.pair_weight[pair];
+    if (!args.activate) return;
+    norm = args.x.norms[row];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      row_norm[i] = args.matrix[i].aux[expert * args.matrix[i].expert_rows * 2 + 1];
+    }
+  }
+  // As PairFactor.
+  __device__ __forceinline__ float Factor() const { return weight * scale; }
+};
+
 // h of a pair is at most 2^b: the product's magnitude by Cauchy and Schwarz from the norms of x and
 // of the rows, through the activation; there are no biases, or the activation's limit bounds h alone.
 // Returns the power of two that brings h to 2^15 at most and writes its inverse; NaN where x is not
 // finite.
-__device__ __forceinline__ float ScaleOfH(const TiledArgs& args, int expert, int pair, bool write) {
-  const int64_t row = pair / args.pairs_a_row;
-  const float weight = args.pair_weight == nullptr ? 1.0f : fabsf(args.pair_weight[pair]);
-  const float norm = args.x.norms[row];
+__device__ __forceinline__ float ScaleOfH(const TiledArgs& args, const BoundOfH& known, int expert,
+                                          int pair, bool write) {
   int exponent;
   if (args.activation == Activation::kSwigluOai) {
     exponent = BoundExponent(fmaxf(args.limit, 1.0f)) + BoundExponent(fabsf(args.limit) + 1);
   } else {
-    const float x_bound = norm * args.x.scales[row] * weight;
+    const float x_bound = known.norm * known.scale * fabsf(known.weight);
     const auto bound = [&](int i) {
-      const TiledMatrix& matrix = args.matrix[i];
       const Projection& p = args.projection[i];
       const float scale = p.scale == nullptr ? 1.0f : fabsf(p.scale[expert]);
-      return BoundExponent(x_bound * matrix.aux[expert * matrix.expert_rows * 2 + 1] * scale);
+      return BoundExponent(x_bound * known.row_norm[i] * scale);
     };
     exponent = bound(1);
     if (args.gated) exponent += bound(0);
     if (args.activation == Activation::kRelu2) exponent *= 2;
   }
   exponent = max(-126, min(exponent - 15, 127));
-  const bool finite = norm < INFINITY && weight < INFINITY;
+  const bool finite = known.norm < INFINITY && fabsf(known.weight) < INFINITY;
   if (write) args.h_scales[pair] = finite ? ldexpf(1.0f, exponent) : NAN;
   return finite ? ldexpf(1.0f, -exponent) : 0.0f;
+}
+__device__ __forceinline__ float ScaleOfH(const TiledArgs& args, int expert, int pair, bool write) {
+  BoundOfH known;
+  known.Load(args, expert, pair);
+  return ScaleOfH(args, known, expert, pair, write);
 }
 
 // The same for y = W x of a pair, to f16: x is at most 2^15 in magnitude once scaled, so its norm is known

@@ -1,10 +1,10 @@
 #include "ffi/cuda/tiled_gemm.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "ffi/blocks/tiled.h"
 #include "ffi/cuda/launch_early.h"
-#include "ffi/plan/cuda.h"
 
 namespace jax_moe::cuda {
 namespace {
@@ -20,14 +20,12 @@ int Multiprocessors() {
   return std::max(number, 1);
 }
 
-// One block for every place on the device, but no more than there are warps' shares of items.
+// One block for every place on the device, but no more than there are items.
 cudaError_t LaunchPersistent(const TiledKernel& kernel, TiledArgs args, cudaStream_t stream) {
-  const int64_t warps = kernel.threads / 32, bands = args.rows / kernel.block_rows;
-  const int64_t places = int64_t{Multiprocessors()} * kernel.blocks;
-  const int64_t items = args.lists.max_tiles * bands;
+  const int64_t items = args.lists.max_tiles * (args.rows / kernel.block_rows);
   if (items == 0) return cudaSuccess;
-  args.log_splits = plan::ChooseCudaTiledLogSplits(items, places * warps, args.columns);
-  const int64_t blocks = std::min(places, ((items << args.log_splits) + warps - 1) / warps);
+  if (items > std::numeric_limits<int32_t>::max()) return cudaErrorInvalidConfiguration;
+  const int64_t blocks = std::min(int64_t{Multiprocessors()} * kernel.blocks, items);
   void* parameters[] = {&args};
   return Launch(kernel, dim3(static_cast<unsigned>(blocks)), parameters, stream);
 }

@@ -40,7 +40,6 @@ struct TiledArgs {
   Activation activation;
   float limit, beta, linear_beta;
   float* h_scales;  // [pairs]: what undoes the scaling of h
-  int32_t log_splits;  // narrow: log2 of the warps that share an item (tiled_narrow.cuh)
 };
 
 // A kernel, the tokens of its tiles and the weight rows of its thread blocks.

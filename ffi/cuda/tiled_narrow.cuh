@@ -1,10 +1,11 @@
 // Tiled weights times up to 8 tokens of an expert: bound by the bytes of the weights.
 //
 // A persistent grid. An item is a tile of tokens and a band of 16 rows, of gate and up both where both are
-// there. A team of 1, 2 or 4 warps has an item, each warp every splits-th 256 columns of it. A warp
-// streams the bytes of its items, one after another, through a ring in shared memory of its own, several
-// hundred cycles ahead, and decodes them straight into tensor-core operands. Warps wait for their team
-// only, once an item, to add their sums in warp order.
+// there. A team of 1, 2, 4 or 8 warps has an item, each warp every 1st, 2nd, ... 256 columns of it. Items
+// go out in rounds to teams of one size, and those that are left over to larger teams, so that the last
+// round is short (NarrowSchedule). A warp streams the bytes of its items, one after another, through a ring in
+// shared memory of its own, several hundred cycles ahead, and decodes them straight into tensor-core
+// operands. Warps wait for their team only, once an item, to add their sums in warp order.
 #pragma once
 
 #include "ffi/cuda/hopper.cuh"
@@ -19,27 +20,35 @@ struct WarpTile {
   int expert, count, pair;
 };
 
-// From the ids themselves, for up to 32 pairs: tile `first` begins with that pair, if it is the first, the
-// ninth, ... of its expert. False where there is none.
-__device__ __forceinline__ bool FindWarpTile(const Lists& lists, int first, int32_t* pairs,
-                                              WarpTile* tile) {
-  const int lane = threadIdx.x % 32;
-  const int id = lane < lists.max_tiles ? lists.expert_ids[lane] : -1;
-  tile->expert = __shfl_sync(0xffffffffu, id, first);
-  if (tile->expert < 0 || tile->expert >= lists.experts) return false;
-  const unsigned same = __ballot_sync(0xffffffffu, id == tile->expert);
-  const int rank = __popc(same & ((1u << first) - 1));
-  if (rank % 8 != 0) return false;
-  const int index = __popc(same & ((1u << lane) - 1)) - rank;
-  if ((same >> lane & 1) && index >= 0 && index < 8) pairs[index] = lane;
-  __syncwarp();
-  tile->count = min(8, __popc(same) - rank);
-  tile->pair = lane / 4 < tile->count ? pairs[lane / 4] : -1;
-  __syncwarp();
-  return true;
-}
+// The first `whole` items go to teams of 2^log_splits warps in rounds without idle teams, the others to
+// teams of 2^rest_log_splits.
+struct NarrowSchedule {
+  int whole, log_splits, rest_log_splits;
 
-// A warp of a team of 2^log_splits, and its way through the items.
+  // The schedule that takes least, by a whole warp: a round takes the steps of 256 columns of a warp of its
+  // teams, and about a step and a half for what an item costs besides.
+  static __device__ __forceinline__ NarrowSchedule Choose(unsigned items, unsigned warps, int steps,
+                                                          int matrices) {
+    constexpr unsigned kMostLogSplits = 3, kItemQuarters = 6;
+    const unsigned lane = threadIdx.x % 32, first = lane / 4 % 4, rest = lane % 4;
+    const auto round = [&](unsigned log_splits) {
+      return 4 * matrices * ((steps + (1 << log_splits) - 1) >> log_splits) + kItemQuarters;
+    };
+    const unsigned teams = warps >> first, rounds = items / teams;
+    const unsigned left = items - rounds * teams, rest_teams = warps >> rest;
+    const unsigned cost =
+        rounds * round(first) + (left + rest_teams - 1) / rest_teams * round(rest);
+    const bool possible =
+        lane < 16 && rest >= first && rest <= kMostLogSplits && (rest == 0 || 1 << rest <= steps);
+    const unsigned best =
+        __reduce_min_sync(0xffffffffu, possible ? min(cost, 0x07ffffffu) << 4 | lane : 0xffffffffu);
+    const int best_first = best / 4 % 4, best_rest = best % 4;
+    const unsigned best_teams = warps >> best_first;
+    return {static_cast<int>(items / best_teams * best_teams), best_first, best_rest};
+  }
+};
+
+// A warp, and its way through the items.
 template <typename Format>
 class NarrowWarp {
  public:
@@ -52,93 +61,108 @@ class NarrowWarp {
         ring_(memory.ring[threadIdx.x / 32], memory.full[threadIdx.x / 32]),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
-        splits_(1 << args.log_splits),
-        split_(warp_ & (splits_ - 1)),
         matrices_(args.activate && args.gated ? 2 : 1),
         first_matrix_(args.activate && !args.gated ? 1 : 0),
         bands_(args.rows / Shape::kRows),
         band_bytes_(TiledRow<Format>::BandBytes(args.columns)) {}
 
   __device__ __forceinline__ void Run() {
+    LetNextKernelStart();
     // With the ids at hand, which are older than the kernel before this one, weights can be on their
     // way before that one has ended.
     const bool early = args_.lists.expert_ids != nullptr;
-    LetNextKernelStart();
+    FewTiles few(args_.lists.expert_ids, early ? static_cast<int>(args_.lists.max_tiles) : 0,
+                 args_.lists.experts, m_.tiles[warp_]);
     if (!early) WaitForEarlierKernels();
-    tiles_ = early ? static_cast<int>(args_.lists.max_tiles) : *args_.lists.num_tiles;
-    const int teams = gridDim.x * (Shape::kWarps >> args_.log_splits);
-    const int team = (blockIdx.x * Shape::kWarps + warp_) >> args_.log_splits;
-    tile_index_ = team / bands_;
-    band_ = team % bands_;
-    tile_step_ = teams / bands_;
-    band_step_ = teams % bands_;
-    WarpTile tile = {}, next = {};
-    bool more = Find(&next);
-    int band = band_;
+    items_ = (early ? few.Number() : *args_.lists.num_tiles) * bands_;
+    schedule_ = NarrowSchedule::Choose(
+        items_, Warps(), (args_.columns + Shape::kStep - 1) / Shape::kStep, matrices_);
+    in_rest_ = schedule_.whole == 0;
+    item_ = in_rest_ ? FirstOfRest() : GridWarp() >> schedule_.log_splits;
+    Share share = {}, next = {};
+    bool more = item_ < items_;
     if (more) {
-      next_ = MatrixAt(next.expert, band);
+      next = ShareAt(few);
+      next_ = SourceOf(next);
       FetchAhead();
-      LoadNormalisers(next.expert, band);
+      LoadNormalisers(next);
     }
     if (early) WaitForEarlierKernels();
     while (more) {
-      tile = next;
-      band = band_;
+      share = next;
       Advance();
-      more = Find(&next);
+      more = item_ < items_;
       const float current[2][2] = {{normaliser_[0][0], normaliser_[0][1]},
                                    {normaliser_[1][0], normaliser_[1][1]}};
       if (more) {
-        next_ = MatrixAt(next.expert, band_);
-        LoadNormalisers(next.expert, band_);
+        next = ShareAt(few);
+        next_ = SourceOf(next);
+        LoadNormalisers(next);
       }
       FetchAhead();
-      Item(tile, band, current);
+      Item(share, current);
     }
   }
 
  private:
-  // Where a warp's steps are fetched from: those of one item, gate's first.
+  // One warp's part of an item: every 2^log_splits-th step of the tile's band, from step `split` on.
+  struct Share {
+    WarpTile tile;
+    int band, log_splits, split;
+  };
+
+  // Where a warp's steps are fetched from: those of one share, gate's first.
   struct Source {
     const uint8_t* band = nullptr;  // of the first matrix
     int64_t to_second = 0;
+    int first = 1 << 30, stride = 0;  // bytes
   };
 
+  __device__ __forceinline__ int Warps() const { return gridDim.x * Shape::kWarps; }
+  __device__ __forceinline__ int GridWarp() const { return blockIdx.x * Shape::kWarps + warp_; }
+  __device__ __forceinline__ int FirstOfRest() const {
+    return schedule_.whole + (GridWarp() >> schedule_.rest_log_splits);
+  }
+  __device__ __forceinline__ int LogSplits() const {
+    return in_rest_ ? schedule_.rest_log_splits : schedule_.log_splits;
+  }
   __device__ __forceinline__ void Advance() {
-    tile_index_ += tile_step_;
-    band_ += band_step_;
-    if (band_ >= bands_) band_ -= bands_, ++tile_index_;
+    item_ += Warps() >> LogSplits();
+    if (!in_rest_ && item_ >= schedule_.whole) {
+      in_rest_ = true;
+      item_ = FirstOfRest();
+    }
   }
 
-  // The tile of the item at hand, or the next one that has one.
-  __device__ __forceinline__ bool Find(WarpTile* tile) {
-    for (; tile_index_ < tiles_; Advance()) {
-      if (args_.lists.expert_ids != nullptr) {
-        if (FindWarpTile(args_.lists, tile_index_, m_.pair[warp_], tile)) return true;
-      } else {
-        const TokenTile listed = args_.lists.tiles[tile_index_];
-        tile->expert = listed.expert;
-        tile->count = listed.count;
-        tile->pair = lane_ / 4 < listed.count ? args_.lists.pairs[listed.begin + lane_ / 4] : -1;
-        return true;
-      }
+  __device__ __forceinline__ Share ShareAt(FewTiles& few) const {
+    const int index = static_cast<unsigned>(item_) / static_cast<unsigned>(bands_);
+    WarpTile tile;
+    if (args_.lists.expert_ids != nullptr) {
+      tile.expert = few.Expert(index);
+      tile.count = few.Take(index);
+      tile.pair = lane_ / 4 < tile.count ? m_.tiles[warp_].pair[lane_ / 4] : -1;
+      __syncwarp();
+    } else {
+      const TokenTile listed = args_.lists.tiles[index];
+      tile.expert = listed.expert;
+      tile.count = listed.count;
+      tile.pair = lane_ / 4 < listed.count ? args_.lists.pairs[listed.begin + lane_ / 4] : -1;
     }
-    return false;
+    return {tile, item_ - index * bands_, LogSplits(), warp_ & ((1 << LogSplits()) - 1)};
   }
 
   __device__ __forceinline__ const uint8_t* BandOf(int which, int expert, int band) const {
     const TiledMatrix& matrix = args_.matrix[which];
     return matrix.data + expert * matrix.expert_bytes + band * Shape::kRows * args_.row_bytes;
   }
-  __device__ __forceinline__ Source MatrixAt(int expert, int band) const {
-    const uint8_t* first = BandOf(first_matrix_, expert, band);
-    return {first, matrices_ == 2 ? BandOf(1, expert, band) - first : 0};
+  __device__ __forceinline__ Source SourceOf(const Share& share) const {
+    const uint8_t* first = BandOf(first_matrix_, share.tile.expert, share.band);
+    return {first, matrices_ == 2 ? BandOf(1, share.tile.expert, share.band) - first : 0,
+            share.split * Shape::kStageBytes, Shape::kStageBytes << share.log_splits};
   }
 
-  // Moves on to a step to fetch, of this item or the next one; false where there is none yet.
+  // Moves on to a step to fetch, of this share or the next one; false where there is none yet.
   __device__ __forceinline__ bool HasStep() {
-    const int first = split_ * Shape::kStageBytes;
-    if (first >= band_bytes_) return false;
     if (fetch_at_ < band_bytes_) return true;
     if (fetch_matrix_ + 1 < matrices_) {
       ++fetch_matrix_;
@@ -149,50 +173,52 @@ class NarrowWarp {
     } else {
       return false;
     }
-    fetch_at_ = first;
-    return true;
+    fetch_at_ = source_.first;
+    return true;  // a share has a step at least
   }
 
   __device__ __forceinline__ void FetchAhead() {
     while (ring_.HasPlace() && HasStep()) {
       const uint8_t* from = source_.band + (fetch_matrix_ == 0 ? 0 : source_.to_second);
       ring_.Fetch(from + fetch_at_, min(Shape::kStageBytes, band_bytes_ - fetch_at_));
-      fetch_at_ += splits_ * Shape::kStageBytes;
+      fetch_at_ += source_.stride;
     }
   }
 
-  // Those of rows lane / 4 and lane / 4 + 8 of the next item, an item ahead.
-  __device__ __forceinline__ void LoadNormalisers(int expert, int band) {
+  // Those of rows lane / 4 and lane / 4 + 8 of the next share, a share ahead.
+  __device__ __forceinline__ void LoadNormalisers(const Share& share) {
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       if (m == matrices_) break;
       const TiledMatrix& matrix = args_.matrix[first_matrix_ + m];
-      const float* aux =
-          matrix.aux + (expert * matrix.expert_rows + band * Shape::kRows + lane_ / 4) * 2;
+      const float* aux = matrix.aux + (share.tile.expert * matrix.expert_rows +
+                                       share.band * Shape::kRows + lane_ / 4) * 2;
       normaliser_[m][0] = aux[0];
       normaliser_[m][1] = aux[16];
     }
   }
 
-  __device__ __forceinline__ void Item(const WarpTile& tile, int band,
-                                       const float (&normaliser)[2][2]) {
+  __device__ __forceinline__ void Item(const Share& share, const float (&normaliser)[2][2]) {
     const int g = lane_ / 4, t = lane_ % 4;
+    const WarpTile& tile = share.tile;
     const half* x_row = nullptr;
-    float factor = 0, h_factor = 0;
+    BoundOfH known = {};
     if (tile.pair >= 0) {
       x_row = static_cast<const half*>(args_.x.values) + tile.pair / args_.pairs_a_row * args_.x.pitch;
-      factor = PairFactor(args_, tile.pair);
-      if (args_.activate) h_factor = ScaleOfH(args_, tile.expert, tile.pair, band == 0 && t == 0);
+      known.Load(args_, tile.expert, tile.pair);
     }
+    const int begin = share.split * Shape::kStep, stride = Shape::kStep << share.log_splits;
+    ChunkOfX x;
+    x.Load(x_row, begin, args_.columns);
 #pragma unroll
     for (int m = 0; m < 2; ++m) {
       if (m == matrices_) break;
       const float factors[2] = {0x1p24f / normaliser[m][0], 0x1p24f / normaliser[m][1]};
       float sum[2][4] = {};
 #pragma unroll 1
-      for (int column = split_ * Shape::kStep; column < args_.columns;
-           column += splits_ * Shape::kStep) {
-        MultiplyStep<Format>(ring_, x_row, column, args_.columns, factors, sum);
+      for (int column = begin; column < args_.columns; column += stride) {
+        const int next = column + stride < args_.columns ? column + stride : begin;
+        MultiplyStep<Format>(ring_, x_row, x, column, next, args_.columns, factors, sum);
         FetchAhead();
       }
       // A lane holds rows g and g + 8 of tokens 2 t and 2 t + 1.
@@ -202,35 +228,41 @@ class NarrowWarp {
             (sum[0][i] + sum[1][i]) * normaliser[m][i / 2];
       }
     }
-    SyncTeam();
-    Store(tile, band, factor, h_factor);
-    SyncTeam();
+    float h_factor = 0;
+    if (args_.activate && tile.pair >= 0) {
+      h_factor = ScaleOfH(args_, known, tile.expert, tile.pair, share.band == 0 && t == 0);
+    }
+    SyncTeam(share.log_splits);
+    Store(share, known.Factor(), h_factor);
+    SyncTeam(share.log_splits);
   }
 
-  __device__ __forceinline__ void SyncTeam() const {
-    if (splits_ == 1) {
+  // Teams of every size have barriers of their own: some warps may have gone on to larger teams.
+  __device__ __forceinline__ void SyncTeam(int log_splits) const {
+    static_assert(Shape::kWarps == 8);
+    if (log_splits == 0) {
       __syncwarp();
     } else {
-      asm volatile("bar.sync %0, %1;" ::"r"(1 + (warp_ >> args_.log_splits)), "r"(32 * splits_)
+      const int first = log_splits == 1 ? 1 : log_splits == 2 ? 5 : 7;
+      asm volatile("bar.sync %0, %1;" ::"r"(first + (warp_ >> log_splits)), "r"(32 << log_splits)
                    : "memory");
     }
   }
 
   // A lane has one row of every token whose turn it is: its team's lanes share the tile. factor and
   // h_factor are those of token lane / 4.
-  __device__ __forceinline__ void Store(const WarpTile& tile, int band, float factor,
-                                        float h_factor) const {
-    const int n = band * Shape::kRows + lane_ % Shape::kRows;
+  __device__ __forceinline__ void Store(const Share& share, float factor, float h_factor) const {
+    const int n = share.band * Shape::kRows + lane_ % Shape::kRows;
     if (!args_.activate) {
-      ForEachToken(tile, factor, h_factor, [&](int pair, float first, float, float) {
+      ForEachToken(share, factor, h_factor, [&](int pair, float first, float, float) {
         cuda::Store(args_.y, pair * args_.y_pitch + n, args_.y_type, first);
       });
       return;
     }
-    const RowFinish finish(args_, tile.expert, n);
+    const RowFinish finish(args_, share.tile.expert, n);
     half* y = static_cast<half*>(args_.y) + n / 128 * 128 + NarrowPlace(n % 128);
     WithActivation(args_.activation, [&](auto activation) {
-      ForEachToken(tile, factor, h_factor,
+      ForEachToken(share, factor, h_factor,
                    [&](int pair, float first, float second, float pair_h_factor) {
                      y[pair * args_.y_pitch] = finish.Activate<decltype(activation)::value>(
                          args_, first, matrices_ == 2 ? second : first, pair_h_factor);
@@ -240,18 +272,19 @@ class NarrowWarp {
 
   // f(pair, sum of the first matrix, of the second, factor of h).
   template <typename F>
-  __device__ __forceinline__ void ForEachToken(const WarpTile& tile, float factor, float h_factor,
+  __device__ __forceinline__ void ForEachToken(const Share& share, float factor, float h_factor,
                                                F f) const {
-    const int row = lane_ % Shape::kRows, first_warp = warp_ & ~(splits_ - 1);
+    const int row = lane_ % Shape::kRows, splits = 1 << share.log_splits;
+    const int first_warp = warp_ - share.split;
 #pragma unroll 1
-    for (int base = 2 * split_; base < tile.count; base += 2 * splits_) {
+    for (int base = 2 * share.split; base < share.tile.count; base += 2 * splits) {
       const int token = base + lane_ / Shape::kRows, source = 4 * min(token, Shape::kTokens - 1);
-      const int pair = __shfl_sync(0xffffffffu, tile.pair, source);
+      const int pair = __shfl_sync(0xffffffffu, share.tile.pair, source);
       const float pair_factor = __shfl_sync(0xffffffffu, factor, source);
       const float pair_h_factor = __shfl_sync(0xffffffffu, h_factor, source);
-      if (token >= tile.count) continue;
+      if (token >= share.tile.count) continue;
       float first = 0, second = 0;
-      for (int s = 0; s < splits_; ++s) {
+      for (int s = 0; s < splits; ++s) {
         first += m_.sums[first_warp + s][0][token][row];
         if (matrices_ == 2) second += m_.sums[first_warp + s][1][token][row];
       }
@@ -262,11 +295,13 @@ class NarrowWarp {
   const TiledArgs& args_;
   Memory& m_;
   WarpRing<Format> ring_;
-  const int warp_, lane_, splits_, split_, matrices_, first_matrix_, bands_, band_bytes_;
-  int tiles_ = 0, tile_index_ = 0, band_ = 0, tile_step_ = 0, band_step_ = 0;
+  const int warp_, lane_, matrices_, first_matrix_, bands_, band_bytes_;
+  NarrowSchedule schedule_ = {};
+  int items_ = 0, item_ = 0;  // all of them; the one of the share that is found next
+  bool in_rest_ = false;
   Source source_, next_;
   float normaliser_[2][2] = {};
-  // The step that is fetched next: at first, the next item's.
+  // The step that is fetched next: at first, the next share's.
   int fetch_at_ = 1 << 30, fetch_matrix_ = 1;
 };
 

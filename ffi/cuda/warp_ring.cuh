@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "ffi/cuda/few_tiles.cuh"
 #include "ffi/cuda/hopper.cuh"
 #include "ffi/cuda/ptx.cuh"
 #include "ffi/cuda/tiled_unit.cuh"
@@ -13,21 +14,21 @@ template <typename Format>
 struct TiledNarrowShape {
   static constexpr int kTokens = 8;
   static constexpr int kRows = 16;  // of a band
-  static constexpr int kWarps = 4;
-  static constexpr int kBlocks = 4;  // a multiprocessor of sm_90
+  static constexpr int kWarps = 8;
+  static constexpr int kBlocks = 2;  // a multiprocessor of sm_90
   static constexpr int kStep = 256;  // columns of a ring's stage
   static constexpr int kStageBytes = kRows * kStep / Format::kBlock * Format::kBytes;
   // Sums of a warp's band of gate and of up, padded to spread a quad's tokens over the banks.
   static constexpr int kSumRows = kRows + 4;
   // Leaves some 90 KB of sm_90's to the L1 cache, for the activations.
   static constexpr int kStages =
-      std::max(2, std::min(4, (34000 - kWarps * 2 * kTokens * kSumRows * 4) / (kWarps * kStageBytes)));
+      std::max(2, std::min(4, (68000 - kWarps * 2 * kTokens * kSumRows * 4) / (kWarps * kStageBytes)));
 
   struct alignas(16) Memory {
     uint8_t ring[kWarps][kStages][kStageBytes];
     uint64_t full[kWarps][kStages];
     float sums[kWarps][2][kTokens][kSumRows];
-    int32_t pair[kWarps][kTokens];  // of tiles found from the ids
+    FewTiles::Table tiles[kWarps];
   };
 };
 
