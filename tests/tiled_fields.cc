@@ -1,6 +1,7 @@
-// Compiled and run by test_tiled_fields.py: that the fields which the CUDA kernels take out of tiled units are
-// the integers that the blocks' own decoders give.
+// Compiled and run by test_tiled_fields.py: that the fields which the CUDA kernels take out of tiled
+// units are, read as f16, the integers that the blocks' own decoders give, times a power of two.
 
+#include <cmath>
 #include <cstdio>
 #include <random>
 #include <utility>
@@ -11,16 +12,24 @@
 namespace jax_moe {
 namespace {
 
+double HalfValue(uint32_t bits) {
+  const int exponent = static_cast<int>(bits >> 10 & 31), mantissa = static_cast<int>(bits & 1023);
+  if (exponent == 31) return NAN;
+  const double magnitude = exponent == 0 ? std::ldexp(mantissa, -24)
+                                         : std::ldexp(1024 + mantissa, exponent - 25);
+  return bits >> 15 ? -magnitude : magnitude;
+}
+
 template <typename Format, int i>
 bool PairMatches(const uint32_t* words, const uint32_t (&q)[8]) {
   using Fields = FieldsOf<Format>;
   const uint32_t pair = Fields::template Pair<i>(words);
-  const int shift = Fields::kShift * Fields::template kPosition<i>;
+  const int exponent = Fields::kExponent + Fields::kShift * Fields::template kPosition<i>;
   for (int half = 0; half < 2; ++half) {
     const int weight = 2 * i + half;
     const int expected = static_cast<int8_t>(q[weight / 4] >> 8 * (weight % 4)) + Fields::kBias;
     // Equal as a whole: no bit of another field is left beside it.
-    if ((pair >> 16 * half & 0xffff) != static_cast<uint32_t>(expected) << shift) return false;
+    if (HalfValue(pair >> 16 * half & 0xffff) != std::ldexp(expected, exponent)) return false;
   }
   return true;
 }
@@ -34,7 +43,7 @@ template <typename Format>
 bool Check(const char* name) {
   using Sizes = tiled::Sizes<Format>;
   std::mt19937 random(7);
-  for (int round = 0; round < 200; ++round) {
+  for (int round = 0; round < 500; ++round) {
     uint8_t block[Format::kBytes], record[Format::kBytes] = {};
     for (uint8_t& byte : block) byte = static_cast<uint8_t>(random());
     for (int bit = 0; bit < 8 * Format::kBytes; ++bit) {

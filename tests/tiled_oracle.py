@@ -5,7 +5,7 @@ import numpy as np
 FORMATS = (
     "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4".split()  # noqa: SIM905
 )
-NATURAL = ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4")
+NATURAL = ("IQ4_NL", "IQ4_XS")
 
 
 def nibbles(b):
@@ -106,6 +106,16 @@ def fields(name, b):
     raise AssertionError(name)
 
 
+def e2m1_words(pair):
+    """Pairs [..., 16, 2] of codes seem; a byte of a word's half is seem of one and SEEM of another:
+    sEEMeemS."""
+    byte = pair.reshape(*pair.shape[:-2], 4, 2, 2, 2)  # [..., word, second, low, h]
+    first, second = byte[..., 0, :, :], byte[..., 1, :, :]
+    byte = (first >> 3) << 7 | (second & 7) << 4 | (first & 7) << 1 | second >> 3
+    half = byte[..., 0, :] << 8 | byte[..., 1, :]
+    return half[..., 0] | half[..., 1] << 16
+
+
 def code_words(name, q):
     """Words [..., n] of units' codes [..., 32]; word j bit 16 h + b is a bit of q[2i + h]."""
     q = q.astype(np.uint32)
@@ -114,6 +124,8 @@ def code_words(name, q):
     if name in NATURAL:
         return (q.reshape(*q.shape[:-1], 4, 8) << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1)
     pair = q.reshape(*q.shape[:-1], 16, 2)  # [..., i, h]
+    if name in ("MXFP4", "NVFP4"):
+        return e2m1_words(pair)
     halves = {
         2: lambda j: [(8 * j + m, 2 * m, 0, 2) for m in range(8)],
         3: lambda j: [(5 * j + m, 3 * m, 0, 3) for m in range(5)] + [(15, 15, j, 1)],

@@ -15,7 +15,7 @@
 //
 //   struct Tiling<FORMAT> {
 //     static constexpr int kCodeBits;         // bits of a weight in the block
-//     static constexpr bool kNatural;         // how Packing places them in a unit's words
+//     static constexpr tiled::Order kOrder;   // in which Packing places them in a unit's words
 //     using UnitPlanes = Planes<...>;         // bytes an element: codes first, then scales
 //     using RowPlanes = Planes<...>;
 //     // The bit of the block, byte 0's lowest is bit 0, which holds
@@ -57,14 +57,36 @@ struct CodeBit {
   int weight, bit;
 };
 
-// What bit `position` of word `word` of a unit's codes holds. Linear packings put weights 2i and
-// 2i + 1, a pair, at the same bits of a word's halves, so that one mask takes both. Where `bits`
-// does not divide 16 the last pair goes into the bits that are left, one of each word.
-JM_HD constexpr CodeBit Packing(int bits, bool natural, int word, int position) {
-  if (natural || bits == 8) {
+// kNatural: weight after weight. The others put weights 2i and 2i + 1, a pair, at the same bits of
+// a word's halves, so that one mask takes both.
+//
+// kPairs: pair after pair. Where the bits of a code do not divide 16 the last pair goes into the
+// bits that are left, one of each word.
+//
+// kE2M1: pairs of E2M1 codes, s e1 e0 m from bit 3 down. A byte of a half has two, whose bits from
+// 7 down are
+//
+//     s  e1' e0' m'  e1 e0 m  s'
+//
+// for pairs 4j (s e1 e0 m) and 4j + 2 (primed) of word j in the halves' high bytes and for 4j + 1
+// and 4j + 3 in the low ones. Masked in a high byte, the first is the f16 number v * 2^-14 for its
+// value v; so is the second once three of its bits are shifted by 3 and its sign by 7, in both
+// bytes at once.
+enum class Order { kNatural, kPairs, kE2M1 };
+
+// What bit `position` of word `word` of a unit's codes holds.
+JM_HD constexpr CodeBit Packing(int bits, Order order, int word, int position) {
+  if (order == Order::kNatural) {
     return {32 / bits * word + position / bits, position % bits};
   }
   const int half = position / 16, bit = position % 16;
+  if (order == Order::kE2M1) {
+    const int in_byte = bit % 8;
+    const bool second = in_byte == 0 || (in_byte > 3 && in_byte < 7);
+    const int pair = 4 * word + 2 * second + (bit < 8);
+    const int code_bit = in_byte % 7 == 0 ? 3 : (in_byte - 1) % 3;
+    return {2 * pair + half, code_bit};
+  }
   if (bits == 6) {
     // Words A, B, C of 16 weights, two pairs each; pairs 6 and 7 lie in what is left: the low four
     // bits of 6 in A and of 7 in C, the high two of both in B.
@@ -116,10 +138,10 @@ JM_HD constexpr int SixBitScalesAndMinima(int bit) {
 // --- The formats ---
 
 // A scale (and minimum) at the front of a block of 32 weights, then nibbles.
-template <int kScaleBytes, bool kIsNatural>
+template <int kScaleBytes, tiled::Order kNibbleOrder>
 struct NibbleTiling {
   static constexpr int kCodeBits = 4;
-  static constexpr bool kNatural = kIsNatural;
+  static constexpr tiled::Order kOrder = kNibbleOrder;
   using UnitPlanes = Planes<16, kScaleBytes>;
   using RowPlanes = Planes<>;
   static JM_HD constexpr int Code(int w, int b) { return tiled::Nibble(kScaleBytes, w, b); }
@@ -127,18 +149,18 @@ struct NibbleTiling {
   static JM_HD constexpr int RowBit(int) { return 0; }
 };
 template <>
-struct Tiling<Q4_0> : NibbleTiling<2, false> {};
+struct Tiling<Q4_0> : NibbleTiling<2, tiled::Order::kPairs> {};
 template <>
-struct Tiling<Q4_1> : NibbleTiling<4, false> {};
+struct Tiling<Q4_1> : NibbleTiling<4, tiled::Order::kPairs> {};
 template <>
-struct Tiling<IQ4_NL> : NibbleTiling<2, true> {};
+struct Tiling<IQ4_NL> : NibbleTiling<2, tiled::Order::kNatural> {};
 template <>
-struct Tiling<MXFP4> : NibbleTiling<1, true> {};
+struct Tiling<MXFP4> : NibbleTiling<1, tiled::Order::kE2M1> {};
 
 template <int kScaleBytes>
 struct FiveBitTiling {
   static constexpr int kCodeBits = 5;
-  static constexpr bool kNatural = false;
+  static constexpr tiled::Order kOrder = tiled::Order::kPairs;
   using UnitPlanes = Planes<16, 4, kScaleBytes>;
   using RowPlanes = Planes<>;
   static JM_HD constexpr int Code(int w, int b) {
@@ -155,7 +177,7 @@ struct Tiling<Q5_1> : FiveBitTiling<4> {};
 template <>
 struct Tiling<Q8_0> {
   static constexpr int kCodeBits = 8;
-  static constexpr bool kNatural = true;
+  static constexpr tiled::Order kOrder = tiled::Order::kNatural;
   using UnitPlanes = Planes<16, 16, 2>;
   using RowPlanes = Planes<>;
   static JM_HD constexpr int Code(int w, int b) { return 8 * (2 + w) + b; }
@@ -166,7 +188,7 @@ struct Tiling<Q8_0> {
 template <>
 struct Tiling<NVFP4> {
   static constexpr int kCodeBits = 4;
-  static constexpr bool kNatural = true;
+  static constexpr tiled::Order kOrder = tiled::Order::kE2M1;
   using UnitPlanes = Planes<16, 2>;
   using RowPlanes = Planes<>;
   static JM_HD constexpr int Code(int w, int b) {
@@ -179,7 +201,7 @@ struct Tiling<NVFP4> {
 template <>
 struct Tiling<Q2_K> {
   static constexpr int kCodeBits = 2;
-  static constexpr bool kNatural = false;
+  static constexpr tiled::Order kOrder = tiled::Order::kPairs;
   using UnitPlanes = Planes<8, 2>;
   using RowPlanes = Planes<4>;
   static JM_HD constexpr int Code(int w, int b) { return tiled::BitPair(16, w, b); }
@@ -190,7 +212,7 @@ struct Tiling<Q2_K> {
 template <>
 struct Tiling<Q3_K> {
   static constexpr int kCodeBits = 3;
-  static constexpr bool kNatural = false;
+  static constexpr tiled::Order kOrder = tiled::Order::kPairs;
   using UnitPlanes = Planes<8, 4>;
   using RowPlanes = Planes<12, 2>;
   static JM_HD constexpr int Code(int w, int b) {
@@ -210,7 +232,7 @@ struct Tiling<Q3_K> {
 template <>
 struct Tiling<Q4_K> {
   static constexpr int kCodeBits = 4;
-  static constexpr bool kNatural = false;
+  static constexpr tiled::Order kOrder = tiled::Order::kPairs;
   using UnitPlanes = Planes<16>;
   using RowPlanes = Planes<16>;
   static JM_HD constexpr int Code(int w, int b) { return tiled::NibbleOf256(16, w, b); }
@@ -221,7 +243,7 @@ struct Tiling<Q4_K> {
 template <>
 struct Tiling<Q5_K> {
   static constexpr int kCodeBits = 5;
-  static constexpr bool kNatural = false;
+  static constexpr tiled::Order kOrder = tiled::Order::kPairs;
   using UnitPlanes = Planes<16, 4>;
   using RowPlanes = Planes<16>;
   static JM_HD constexpr int Code(int w, int b) {
@@ -234,7 +256,7 @@ struct Tiling<Q5_K> {
 template <>
 struct Tiling<Q6_K> {
   static constexpr int kCodeBits = 6;
-  static constexpr bool kNatural = false;
+  static constexpr tiled::Order kOrder = tiled::Order::kPairs;
   using UnitPlanes = Planes<16, 8, 2>;
   using RowPlanes = Planes<2>;
   // Of every 128 weights, units 0 and 1 have the low nibbles of 64 bytes, 2 and 3 the high ones.
@@ -249,7 +271,7 @@ struct Tiling<Q6_K> {
 template <>
 struct Tiling<IQ4_XS> {
   static constexpr int kCodeBits = 4;
-  static constexpr bool kNatural = true;
+  static constexpr tiled::Order kOrder = tiled::Order::kNatural;
   using UnitPlanes = Planes<16>;
   using RowPlanes = Planes<8>;
   static JM_HD constexpr int Code(int w, int b) {
@@ -304,7 +326,7 @@ constexpr int BlockBit(int bit) {
   const int unit = bit / kUnitBits, in_unit = bit % kUnitBits;
   if (unit < Sizes<Format>::kUnits) {
     if (in_unit >= 32 * T::kCodeBits) return T::UnitBit(unit, in_unit - 32 * T::kCodeBits);
-    const CodeBit code = Packing(T::kCodeBits, T::kNatural, in_unit / 32, in_unit % 32);
+    const CodeBit code = Packing(T::kCodeBits, T::kOrder, in_unit / 32, in_unit % 32);
     return T::Code(32 * unit + code.weight, code.bit);
   }
   return T::RowBit(bit - Sizes<Format>::kUnits * kUnitBits);

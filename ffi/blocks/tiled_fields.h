@@ -1,11 +1,13 @@
 // The bit fields of a tiled unit (tiled.h): pairs of weights out of its words, for tensor-core operands.
 //
-// Fields stand where they can be masked in place, below bit 10 of a half, so that a half read as f16 is a
-// subnormal number. FieldsOf<FORMAT>:
+// Read as f16, a half with a field is a power of two times an integer of decoder.h. Most fields
+// stand where they can be masked in place, below bit 10, which makes it a subnormal number.
+// FieldsOf<FORMAT>:
 //
+//   kExponent        exponent of that power of two, at the first place
 //   kWords           words of a unit
 //   kPositions       places at which masked fields stand, kShift bits apart, each needing a scale of its own
-//   kBias            what fields have more than the weights' integers of decoder.h
+//   kBias            what fields have more than the weights' integers
 //   kPosition<i>     the place of pair i, weights 2 i and 2 i + 1
 //   Pair<i>(words)   its fields, in the low and the high half
 #pragma once
@@ -28,7 +30,12 @@ JM_HD uint32_t BytePerm(uint32_t a, uint32_t b, uint32_t selector) {
 #endif
 }
 
-struct Fields4 {
+// Integers in the low bits of a half.
+struct IntegerFields {
+  static constexpr int kExponent = -24;
+};
+
+struct Fields4 : IntegerFields {
   static constexpr int kWords = 4, kPositions = 2, kShift = 4;
   template <int i>
   static constexpr int kPosition = i % 2;
@@ -39,7 +46,7 @@ struct Fields4 {
   }
 };
 
-struct Fields5 {
+struct Fields5 : IntegerFields {
   static constexpr int kWords = 5, kPositions = 2, kShift = 5;
   template <int i>
   static constexpr int kPosition = i < 15 && i % 3 == 1 ? 1 : 0;
@@ -57,7 +64,7 @@ struct Fields5 {
   }
 };
 
-struct Fields6 {
+struct Fields6 : IntegerFields {
   static constexpr int kWords = 6, kPositions = 1, kShift = 0;
   template <int i>
   static constexpr int kPosition = 0;
@@ -75,7 +82,7 @@ struct Fields6 {
   }
 };
 
-struct Fields3 {
+struct Fields3 : IntegerFields {
   static constexpr int kWords = 3, kPositions = 3, kShift = 3;
   template <int i>
   static constexpr int kPosition = i == 15 ? 0 : i % 5 % 3;
@@ -90,7 +97,7 @@ struct Fields3 {
   }
 };
 
-struct Fields2 {
+struct Fields2 : IntegerFields {
   static constexpr int kWords = 2, kPositions = 5, kShift = 2;
   template <int i>
   static constexpr int kPosition = i % 8 % 5;
@@ -102,7 +109,7 @@ struct Fields2 {
 };
 
 // Two's complement bytes, read as q + 128.
-struct Fields8 {
+struct Fields8 : IntegerFields {
   static constexpr int kWords = 8, kPositions = 1, kShift = 0;
   template <int i>
   static constexpr int kPosition = 0;
@@ -112,21 +119,20 @@ struct Fields8 {
   }
 };
 
-// Nibbles that index a table of sixteen int8, read as value + 128.
-template <typename Table>
-struct TableFields {
+// E2M1 numbers: a half with the sign at bit 15 and exponent and mantissa at bits 11 .. 9 is the
+// value times 2^-14, zero and the subnormal one included. Decoders' integers are twice the values.
+struct FieldsE2M1 {
   static constexpr int kWords = 4, kPositions = 1, kShift = 0;
+  static constexpr int kExponent = -15, kBias = 0;
   template <int i>
   static constexpr int kPosition = 0;
   template <int i>
   static JM_HD uint32_t Pair(const uint32_t* q) {
-    constexpr NibbleTable kTable = Table::Biased();
-    // Pairs 2 n and 2 n + 1 share 16 bits: the compiler sees that the lookups are the same.
-    const uint32_t w = i / 2 % 2 == 0 ? q[i / 4] : q[i / 4] >> 16;
-    const uint32_t index = w & 0x7777u, choice = (w >> 1 & 0x4444u) | 0x3210u;
-    const uint32_t lower = BytePerm(kTable.word[0], kTable.word[1], index);
-    const uint32_t upper = BytePerm(kTable.word[2], kTable.word[3], index);
-    return BytePerm(BytePerm(lower, upper, choice), 0, i % 2 == 0 ? 0x4140 : 0x4342);
+    uint32_t w = q[i / 4];
+    // The second code of every byte in place of the first.
+    if constexpr (i % 4 >= 2) w = (w << 7 & 0x80808080u) | (w >> 3 & 0x7f7f7f7fu);
+    if constexpr (i % 2 == 1) w <<= 8;
+    return w & 0x8e008e00u;
   }
 };
 
@@ -134,11 +140,22 @@ JM_HD constexpr NibbleTable Flipped(const NibbleTable& table) {
   return {{table.word[0] ^ 0x80808080u, table.word[1] ^ 0x80808080u, table.word[2] ^ 0x80808080u,
            table.word[3] ^ 0x80808080u}};
 }
-struct E2M1Table {
-  static JM_HD constexpr NibbleTable Biased() { return Flipped(DoubledE2M1()); }
-};
-struct Iq4Table {
-  static JM_HD constexpr NibbleTable Biased() { return Flipped(Iq4Values()); }
+
+// Nibbles that index the table of sixteen int8 of IQ4, read as value + 128.
+struct FieldsIq4 : IntegerFields {
+  static constexpr int kWords = 4, kPositions = 1, kShift = 0;
+  template <int i>
+  static constexpr int kPosition = 0;
+  template <int i>
+  static JM_HD uint32_t Pair(const uint32_t* q) {
+    constexpr NibbleTable kTable = Flipped(Iq4Values());
+    // Pairs 2 n and 2 n + 1 share 16 bits: the compiler sees that the lookups are the same.
+    const uint32_t w = i / 2 % 2 == 0 ? q[i / 4] : q[i / 4] >> 16;
+    const uint32_t index = w & 0x7777u, choice = (w >> 1 & 0x4444u) | 0x3210u;
+    const uint32_t lower = BytePerm(kTable.word[0], kTable.word[1], index);
+    const uint32_t upper = BytePerm(kTable.word[2], kTable.word[3], index);
+    return BytePerm(BytePerm(lower, upper, choice), 0, i % 2 == 0 ? 0x4140 : 0x4342);
+  }
 };
 
 template <typename Format>
@@ -184,20 +201,16 @@ struct FieldsOf<Q2_K> : Fields2 {
   static constexpr int kBias = 0;
 };
 template <>
-struct FieldsOf<IQ4_NL> : TableFields<Iq4Table> {
+struct FieldsOf<IQ4_NL> : FieldsIq4 {
   static constexpr int kBias = 128;
 };
 template <>
-struct FieldsOf<IQ4_XS> : TableFields<Iq4Table> {
+struct FieldsOf<IQ4_XS> : FieldsIq4 {
   static constexpr int kBias = 128;
 };
 template <>
-struct FieldsOf<MXFP4> : TableFields<E2M1Table> {
-  static constexpr int kBias = 128;
-};
+struct FieldsOf<MXFP4> : FieldsE2M1 {};
 template <>
-struct FieldsOf<NVFP4> : TableFields<E2M1Table> {
-  static constexpr int kBias = 128;
-};
+struct FieldsOf<NVFP4> : FieldsE2M1 {};
 
 }  // namespace jax_moe

@@ -4,7 +4,8 @@
 // in rows g and g + 8 of a band, so one scale serves all the weights that it has of a row. Bit fields
 // lie where they can be masked in place: bits p .. p + b - 1 of a 16-bit half, read as f16, are the
 // subnormal number q * 2^(p - 24), and one HFMA2 turns two of them into scaled weights with a single
-// rounding. Scales are brought into f16's range by the row's normaliser, which the sum gets back.
+// rounding. E2M1 codes become f16 numbers of their own value times 2^-14, which HMUL2 scales.
+// Scales are brought into f16's range by the row's normaliser, which the sum gets back.
 #pragma once
 
 #include "ffi/cuda/tiled_planes.cuh"
@@ -35,14 +36,14 @@ class LaneUnit {
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       const Affine affine = Tiled::Scale(s, at, group);
-      half2 scale = BothHalves(affine.scale * normaliser);
+      half2 scale = BothHalves(affine.scale * (normaliser * kFieldUnit));
       if constexpr (Format::kHasOffset) {
         // Fields less kCentre: what is left of the offset is small, and so is what rounding takes
         // from it.
         offset_[group] = BothHalves(fmaf(affine.scale, static_cast<float>(Tiled::kCentre),
                                          affine.offset) *
                                     (normaliser * 0x1p-24f));
-      } else {
+      } else if constexpr (Fields::kBias != 0) {
         // A multiple of the rounded scale, so that a field of kBias is exactly zero.
         offset_[group] = __hmul2(scale, BothHalves(-Fields::kBias * 0x1p-24f));
       }
@@ -62,6 +63,10 @@ class LaneUnit {
   }
 
  private:
+  static constexpr bool kAddsOffset = Format::kHasOffset || Fields::kBias != 0;
+  // What the normaliser's 2^24 has too much for fields that are not multiples of 2^-24.
+  static constexpr float kFieldUnit = 1.0f / (1 << (24 + Fields::kExponent));
+
   template <int i>
   __device__ __forceinline__ uint32_t DecodePair() const {
     constexpr int group = kGroups == 1 ? 0 : i / 8;
@@ -72,11 +77,16 @@ class LaneUnit {
       constexpr uint32_t kCentre = (Tiled::kCentre << position * Fields::kShift) * 0x00010001u;
       field = __hsub2(field, Halves(kCentre));
     }
-    return Bits(__hfma2(field, scale_[group][position], offset_[group]));
+    if constexpr (kAddsOffset) {
+      return Bits(__hfma2(field, scale_[group][position], offset_[group]));
+    } else {
+      return Bits(__hmul2(field, scale_[group][position]));
+    }
   }
 
   uint32_t q_[Fields::kWords];
-  half2 scale_[kGroups][Fields::kPositions], offset_[kGroups];
+  half2 scale_[kGroups][Fields::kPositions];
+  half2 offset_[kGroups];  // where kAddsOffset
 };
 
 template <typename Format>
