@@ -156,6 +156,113 @@ def test_dense(x_dtype, w_dtype, tokens):
     check(x, routing, Experts(**dense), exact, cases.bound(x_dtype))
 
 
+def dense_problem(shape, dtypes, seed=8, gated=True, merged=False):
+    """As problem, of dense matrices of the dtypes of gate, up and down."""
+    tokens, experts, top_k, d_model, d_expert = shape
+    rng = np.random.default_rng(seed)
+    sizes = {"gate": (d_expert, d_model), "up": (d_expert, d_model), "down": (d_model, d_expert)}
+    dense = {
+        name: jnp.asarray(rng.standard_normal((experts, *size)) / np.sqrt(size[1]), dtype)
+        for (name, size), dtype in zip(sizes.items(), dtypes, strict=True)
+    }
+    if not gated:
+        del dense["gate"]
+    exact = {"gate": None} | {name: np.asarray(w, np.float64) for name, w in dense.items()}
+    if merged:
+        gate, up = dense.pop("gate"), dense.pop("up")
+        dense["gate_up"] = jnp.concatenate([gate, up], axis=1)
+    routing = oracle.random_routing(rng, tokens, experts, top_k)
+    return rng.standard_normal((tokens, d_model)), routing, Experts(**dense), exact
+
+
+# Tokens, experts, slots, d_model and d_expert, which reach Hopper's kernel for dense weights: less
+# than a tile of rows, tails of every dimension, several tiles an expert, more items than
+# multiprocessors, and a down projection alone or gate and up alone.
+DENSE_SHAPES = (
+    (20, 4, 2, 64, 40),
+    (130, 3, 2, 136, 200),
+    (700, 4, 2, 264, 152),
+    (160, 140, 8, 384, 320),
+    (130, 3, 2, 135, 200),
+    (130, 3, 2, 136, 201),
+)
+
+
+@pytest.mark.parametrize("x_dtype", cases.DTYPES)
+@pytest.mark.parametrize("w_dtype", ("float16", "bfloat16"))
+@pytest.mark.parametrize("shape", DENSE_SHAPES)
+@pytest.mark.parametrize("merged", (False, True))
+def test_dense_with_many_tokens(x_dtype, w_dtype, shape, merged):
+    x, *rest = dense_problem(shape, (w_dtype,) * 3, merged=merged)
+    check(jnp.asarray(x, x_dtype), *rest, cases.bound(x_dtype))
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("bfloat16", "bfloat16", "float16"),
+        ("float16", "float16", "bfloat16"),
+        ("float16", "bfloat16", "bfloat16"),
+        ("float32", "bfloat16", "float16"),
+        ("bfloat16", "bfloat16", "float32"),
+    ],
+)
+@pytest.mark.parametrize("x_dtype", cases.DTYPES)
+def test_dense_of_several_types(dtypes, x_dtype):
+    x, *rest = dense_problem((130, 3, 2, 136, 200), dtypes)
+    check(jnp.asarray(x, x_dtype), *rest, cases.bound(x_dtype))
+
+
+@pytest.mark.parametrize("w_dtype", ("float16", "bfloat16"))
+@pytest.mark.parametrize("activation", ("swiglu", "geglu", "reglu", "situ", *LIMIT))
+@pytest.mark.parametrize("weights_before", (False, True))
+def test_dense_gated_activations_with_biases_and_scales(w_dtype, activation, weights_before):
+    x, routing, experts, exact = dense_problem((130, 3, 2, 136, 200), (w_dtype,) * 3)
+    rng = np.random.default_rng(4)
+    names = "gate", "up", "down"
+    bias = [rng.standard_normal((3, n)) for n in (200, 200, 136)]
+    scale = [rng.uniform(0.5, 2, 3) for _ in range(3)]
+    extra = {f"{n}_bias": jnp.asarray(v, jnp.float32) for n, v in zip(names, bias, strict=True)}
+    extra |= {f"{n}_scale": jnp.asarray(v, jnp.float32) for n, v in zip(names, scale, strict=True)}
+    experts = Experts(**{n: getattr(experts, n) for n in names}, **extra)
+    check(
+        jnp.asarray(x, jnp.float32),
+        routing,
+        experts,
+        exact,
+        cases.bound("float32"),
+        {"bias": bias, "scale": scale},
+        activation=activation,
+        activation_limit=LIMIT.get(activation),
+        activation_betas=(1.5, 2.5) if activation == "situ" else None,
+        weights_before=weights_before,
+    )
+
+
+@pytest.mark.parametrize("w_dtype", ("float16", "bfloat16"))
+@pytest.mark.parametrize("activation", ("silu", "gelu", "relu2"))
+def test_dense_activations_without_a_gate(w_dtype, activation):
+    x, *rest = dense_problem((130, 3, 2, 136, 200), (w_dtype,) * 3, gated=False)
+    check(jnp.asarray(x, jnp.float32), *rest, cases.bound("float32"), activation=activation)
+
+
+@pytest.mark.parametrize("w_dtype", ("float16", "bfloat16"))
+def test_dense_with_invalid_experts_and_magnitudes_of_every_kind(w_dtype):
+    x, routing, experts, exact = dense_problem((400, 3, 2, 136, 200), (w_dtype,) * 3)
+    ids = np.array(routing.expert_ids)
+    limits = np.iinfo(np.int32)
+    ids[0] = -1
+    ids[1:, 0] = np.resize([-1, 3, limits.min, limits.max, 0, 0, 1], len(ids) - 1)
+    routing = Routing(jnp.asarray(ids), routing.weights)
+    # Each row at its own magnitude; the sums over slots of a token are all of that magnitude.
+    x = np.ldexp(x, np.arange(len(x))[:, None] % 36 - 30)
+    y = np.asarray(jax_moe.moe_ffn(jnp.asarray(x, jnp.float32), routing, experts))
+    assert (y[0] == 0).all()
+    expected = oracle.ffn(np.float32(x), routing.expert_ids, routing.weights, **exact)
+    for row, expected_row in zip(y, expected, strict=True):
+        assert oracle.relative_error(row, expected_row) <= 3 * cases.bound("float32")
+
+
 @pytest.mark.parametrize("kernel", SHAPES)
 def test_invalid_experts_add_nothing(kernel):
     x, routing, experts, exact = problem(("Q4_K", "Q4_K", "Q6_K"), SHAPES[kernel])

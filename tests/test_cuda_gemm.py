@@ -91,6 +91,69 @@ def test_dense(x_dtype, w_dtype, k, tokens):
         assert y.dtype == x.dtype
 
 
+@pytest.mark.parametrize("x_dtype", cases.DTYPES)
+@pytest.mark.parametrize("w_dtype", ("float16", "bfloat16"))
+@pytest.mark.parametrize(
+    ("experts", "n", "k", "tokens", "top_k"),
+    [
+        (5, 37, 8, 20, 2),  # few tokens, less than a chunk of columns
+        (3, 300, 200, 40, 3),  # rows and columns past the last whole tile
+        (2, 257, 64, 300, 2),  # every tile has nearly all of its tokens
+        (2, 515, 136, 290, 1),  # an odd pitch
+        (140, 128, 320, 130, 8),  # more items than multiprocessors
+        (1, 1024, 72, 1000, 1),
+    ],
+)
+@pytest.mark.parametrize("rows_are_pairs", (False, True))
+def test_dense_with_many_tokens(x_dtype, w_dtype, experts, n, k, tokens, top_k, rows_are_pairs):
+    rng = np.random.default_rng(2)
+    weight = jnp.asarray(rng.standard_normal((experts, n, k)), w_dtype)
+    routing = oracle.random_routing(rng, tokens, experts, top_k)
+    pairs = tokens * top_k
+    flat_ids = np.array(routing.expert_ids).reshape(-1)
+    flat_ids[rng.permutation(pairs)[:3]] = [-1, experts, INT32.max]
+    x = jnp.asarray(rng.standard_normal((pairs if rows_are_pairs else tokens, k)), x_dtype)
+    check(
+        x,
+        weight,
+        np.asarray(weight, np.float64),
+        jnp.arange(pairs, dtype=jnp.int32),
+        jnp.asarray(flat_ids),
+        cases.bound(x_dtype),
+        top_k=top_k,
+        topk_weights=routing.weights,
+    )
+
+
+@pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
+@pytest.mark.parametrize("tokens", range(1, 300, 13))
+def test_dense_tiles_of_every_size(dtype, tokens):
+    """One expert takes all tokens, another one none."""
+    rng = np.random.default_rng(tokens)
+    experts = 1 if tokens <= 12 else 2
+    weight = jnp.asarray(rng.standard_normal((experts, 136, 96)), dtype)
+    x = jnp.asarray(rng.standard_normal((tokens, 96)), dtype)
+    ids = jnp.arange(tokens, dtype=jnp.int32), jnp.full(tokens, experts - 1, jnp.int32)
+    check(x, weight, np.asarray(weight, np.float64), *ids, cases.bound(dtype), top_k=1)
+
+
+@pytest.mark.parametrize("w_dtype", ("float16", "bfloat16"))
+@pytest.mark.parametrize("value", (np.nan, np.inf))
+def test_dense_rows_that_are_not_finite_stay_alone(w_dtype, value):
+    rng = np.random.default_rng(4)
+    weight = jnp.asarray(rng.standard_normal((2, 70, 120)), w_dtype)
+    x = rng.standard_normal((60, 120))
+    bad = np.zeros(len(x), bool)
+    bad[[0, 3, 59]] = True
+    x[bad, 5] = value
+    ids = jnp.arange(60, dtype=jnp.int32), jnp.asarray(rng.integers(0, 2, 60), jnp.int32)
+    y = np.asarray(jax_moe.moe_gemm(jnp.asarray(x, jnp.float32), weight, *ids, top_k=1))
+    assert (~np.isfinite(y[bad])).any(axis=1).all()
+    x[bad] = 0
+    expected = oracle.gemm(x, np.asarray(weight, np.float64), *ids, 1)[~bad]
+    assert oracle.relative_error(y[~bad], expected) <= cases.bound("float32")
+
+
 @pytest.mark.parametrize("y_dtype", cases.DTYPES)
 def test_preferred_element_type(y_dtype):
     shape = cases.SHAPES["narrow"]

@@ -96,6 +96,37 @@ def test_tiled_weights_on_cuda(tokens, kernel, tile):
     assert info.error_bound == 1e-3 and info.deterministic
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "tokens", "k", "kernel", "tile"),
+    [
+        (90, jnp.bfloat16, 100, 264, "cuda_wgmma_dense", (256, 144)),
+        (90, jnp.float16, 25, 264, "cuda_wgmma_dense", (256, 144)),
+        (90, jnp.float16, 24, 264, "cuda_mma_dense", (16, 64)),
+        (90, jnp.bfloat16, 10, 264, "cuda_mma_dense", (16, 8)),
+        (90, jnp.bfloat16, 100, 260, "cuda_mma_dense", (16, 64)),
+        (90, jnp.float32, 100, 264, "cuda_mma_dense", (16, 64)),
+        (80, jnp.bfloat16, 100, 264, "cuda_mma_dense", (16, 64)),
+    ],
+)
+def test_dense_weights_on_cuda(monkeypatch, capability, dtype, tokens, k, kernel, tile):
+    monkeypatch.setattr("jax_moe._select._compute_capability", lambda: capability)
+    weight = jax.ShapeDtypeStruct((4, 10, k), dtype)
+    pairs = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    x = jax.ShapeDtypeStruct((tokens, k), dtype)
+    info = jax_moe.select_kernel("moe_gemm", x, weight, pairs, pairs, top_k=1, platform="cuda")
+    assert (info.kernel, info.tile) == (kernel, tile)
+    assert info.architecture == ("sm_90a" if capability == 90 else "sm_80")
+    down = jax.ShapeDtypeStruct((4, 10, k), dtype)
+    up = jax.ShapeDtypeStruct((4, k, 10), dtype)
+    routing = Routing(
+        jax.ShapeDtypeStruct((tokens, 1), jnp.int32), jax.ShapeDtypeStruct((tokens, 1), jnp.float32)
+    )
+    x = jax.ShapeDtypeStruct((tokens, 10), dtype)
+    experts = Experts(gate=up, up=up, down=down)
+    info = jax_moe.select_kernel("moe_ffn", x, routing, experts, platform="cuda")
+    assert (info.kernel, info.tile) == (kernel, tile)
+
+
 def test_tiled_weights_have_no_wgmma_before_hopper(monkeypatch):
     monkeypatch.setattr("jax_moe._select._compute_capability", lambda: 80)
     info = jax_moe.select_kernel("moe_ffn", *tiled_ffn(500), platform="cuda")

@@ -112,7 +112,29 @@ TiledArgs TiledProduct(const Weight& weight, const Activations& x, int32_t pairs
   return args;
 }
 
-Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant, plan::CudaTile tile) {
+bool UsesDenseWide(const Weight& weight, int64_t pairs) {
+  return !weight.tiled && plan::UsesCudaDenseWide(weight.format, weight.columns, pairs,
+                                                  weight.experts, HasDenseWide());
+}
+
+DenseWideArgs DenseWideProduct(const Weight& weight, Layout layout, const Activations& x,
+                               int32_t pairs_a_row, const Lists& lists) {
+  DenseWideArgs args = {};
+  args.type = static_cast<Element>(weight.format);
+  args.weight[0] = weight.data;
+  args.rows = weight.rows;
+  args.expert_rows = weight.rows;
+  args.experts = weight.experts;
+  args.k = weight.columns;
+  args.x_layout = layout;
+  args.x = x;
+  args.pairs_a_row = pairs_a_row;
+  args.lists = lists;
+  return args;
+}
+
+Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant, plan::CudaTile tile,
+                    bool dense_wide) {
   if (weight.packed) {
     if (variant == Variant::kScalarGguf) return Layout::kS8Lanes;
     return tile == plan::CudaTile::kVector ? Layout::kPlanes : Layout::kF16Lanes;
@@ -121,7 +143,8 @@ Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant, plan:
     case Element::kF16:
       return Layout::kF16;
     case Element::kBF16:
-      return x_type == Element::kBF16 ? Layout::kBF16 : Layout::kF32;
+      if (x_type == Element::kBF16) return Layout::kBF16;
+      return dense_wide ? Layout::kBF16Pair : Layout::kF32;
     case Element::kF32:
       return Layout::kF32;
   }
@@ -149,7 +172,7 @@ cudaError_t ConfigureFormat(int format) {
     return kernels == nullptr ? cudaSuccess : ConfigureTiled(*kernels, IsHopper());
   }
   const PackedFormat* packed = FindPackedFormat(format);
-  if (packed == nullptr) return cudaSuccess;
+  if (packed == nullptr) return format >= 0 && HasDenseWide() ? ConfigureDenseWide() : cudaSuccess;
   const PackedKernels& kernels = packed->kernels;
   const int limit = SharedMemoryLimit();
   for (const GemmKernel* kernel :

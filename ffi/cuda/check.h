@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "ffi/cuda/dense_wide.h"
 #include "ffi/cuda/gemm.h"
 #include "ffi/cuda/launch_early.h"
 #include "ffi/cuda/tiled_gemm.h"
@@ -47,8 +48,12 @@ ffi::ErrorOr<Weight> ReadWeight(const std::string& op, const char* name,
                                 const ffi::AnyBuffer& buffer, int format,
                                 const ffi::Buffer<ffi::F32>& aux);
 
+// Whether a product with `weight` runs on Hopper's kernel for dense weights and many tokens.
+bool UsesDenseWide(const Weight& weight, int64_t pairs);
+
 // How the activations x of a product with `weight` are prepared.
-Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant, plan::CudaTile tile);
+Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant, plan::CudaTile tile,
+                    bool dense_wide);
 
 // The kernel for a product with a tiled weight.
 const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile tile);
@@ -59,6 +64,10 @@ Layout TiledLayout(plan::CudaTiledTile tile);
 // The arguments of a product with a tiled weight, but for the result's.
 TiledArgs TiledProduct(const Weight& weight, const Activations& x, int32_t pairs_a_row,
                        const Lists& lists);
+
+// The arguments of a product with a dense weight for LaunchDenseWide, but for the result's.
+DenseWideArgs DenseWideProduct(const Weight& weight, Layout layout, const Activations& x,
+                               int32_t pairs_a_row, const Lists& lists);
 
 // The kernel for a product, given the device's shared memory.
 GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile);

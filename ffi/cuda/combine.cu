@@ -33,6 +33,8 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t column = (blockIdx.x % blocks_a_token * kThreads + threadIdx.x) * kColumns;
   if (column >= args.columns) return;
   const Projection& p = args.projection;
+  const int width = args.scale_columns == 0 ? static_cast<int>(args.columns) : args.scale_columns;
+  const int64_t scales = (args.columns + width - 1) / width, group = column / width;
   // Slots are read several at a time and added one after another.
   constexpr int kBatch = 8;
   float sum[kColumns] = {};
@@ -51,7 +53,7 @@ __global__ void __launch_bounds__(kThreads)
       const int64_t pair = token * args.top_k + first + i;
       LoadValues(args, pair, column, value[i]);
       scale[i] = p.scale == nullptr ? 1.0f : p.scale[expert[i]];
-      if (args.scaled_values != nullptr) scale[i] *= args.scales[pair];
+      if (args.scaled_values != nullptr) scale[i] *= args.scales[pair * scales + group];
       weight[i] = args.weights == nullptr ? 1.0f : args.weights[pair];
     }
 #pragma unroll

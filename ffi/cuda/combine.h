@@ -16,7 +16,8 @@ namespace jax_moe::cuda {
 struct CombineArgs {
   const float* values;        // [tokens * top_k, columns]
   const half* scaled_values;  // in place of the above, each row times scales
-  const float* scales;        // [tokens * top_k]
+  const float* scales;        // [tokens * top_k, one for every scale_columns]
+  int32_t scale_columns;      // a multiple of 8; 0: a row has one scale
   const int32_t* expert_ids;  // [tokens, top_k]
   const float* weights;       // [tokens, top_k]; null: 1
   Projection projection;

@@ -16,7 +16,8 @@ SortArgs ListsOf(const Ffn& ffn, int tile_tokens) {
 PreparedRows PrepareFor(const Ffn& ffn, const Weight& weight, Element type, int64_t rows,
                         int64_t columns, uint8_t* memory) {
   if (!weight.tiled) {
-    return {ChooseLayout(weight, type, ffn.variant, ffn.Tile()), rows, columns, memory};
+    const bool dense_wide = ffn.DenseWide(weight);
+    return {ChooseLayout(weight, type, ffn.variant, ffn.Tile(), dense_wide), rows, columns, memory};
   }
   return {TiledLayout(ffn.TiledTile()), rows, columns, memory,
           ffn.variant == Variant::kScalarGguf};
@@ -63,6 +64,11 @@ class Products {
       if (status != cudaSuccess || second == nullptr) return status;
       return RunTiled(*second, x, pairs_a_row, y + weight.rows, y_pitch);
     }
+    if (ffn_.DenseWide(weight)) {
+      const cudaError_t status = RunDense(weight, x, pairs_a_row, y, y_pitch);
+      if (status != cudaSuccess || second == nullptr) return status;
+      return RunDense(*second, x, pairs_a_row, y + weight.rows, y_pitch);
+    }
     const GemmKernel kernel = ChooseKernel(weight, x.layout, ffn_.Tile());
     const cudaError_t status = UseTiles(kernel.tile_tokens);
     if (status != cudaSuccess) return status;
@@ -88,6 +94,9 @@ class Products {
 
   // The down projection with the wide kernels: scaled f16 values, half of the bytes of float32.
   cudaError_t RunScaled(const Weight& down, const PreparedRows& h, half* y, float* y_scales) {
+    if (ffn_.DenseWide(down)) {
+      return RunDense(down, h, /*pairs_a_row=*/1, y, ffn_.d_model, y_scales);
+    }
     return RunTiled(down, h, /*pairs_a_row=*/1, y, ffn_.d_model, y_scales);
   }
 
@@ -140,6 +149,48 @@ class Products {
     return LaunchTiled(kernel, args, stream_);
   }
 
+  // The same of dense gate and up, for a down projection of any kind.
+  cudaError_t RunDenseActivated(const Weight* gate, const Weight& up, const PreparedRows& x,
+                                const PreparedRows& h) {
+    std::optional<SortArgs> sort;
+    cudaError_t status = cudaSuccess;
+    if (SortsInOneBlock(ffn_.pairs, ffn_.experts)) {
+      tile_tokens_ = kDenseWideTokens;
+      sort = ListsOf(ffn_, tile_tokens_);
+    } else {
+      status = UseTiles(kDenseWideTokens);
+    }
+    if (status == cudaSuccess) {
+      status = LaunchPrepare(ffn_.x, ffn_.type, x, stream_, sort ? &*sort : nullptr);
+    }
+    if (status != cudaSuccess) return status;
+    DenseWideArgs args =
+        DenseWideProduct(up, x.layout, ViewPrepared(x), ffn_.top_k, CurrentLists());
+    args.weight[0] = gate == nullptr ? nullptr : gate->data;
+    args.weight[1] = up.data;
+    if (ffn_.merged) {
+      args.rows = ffn_.d_expert;
+      args.weight[0] = up.data;
+      args.weight[1] += ffn_.d_expert * up.row_bytes;
+    }
+    args.activate = true;
+    // What is scaled by a row's maximum waits for all of the row.
+    args.h_pair = h.layout == Layout::kBF16Pair;
+    const Activations to = ViewPrepared(h);
+    args.y = args.h_pair ? const_cast<void*>(to.values) : ffn_.Values();
+    args.y_pitch = args.h_pair ? to.pitch : ffn_.d_expert;
+    args.pair_weight = ffn_.weights_before ? ffn_.weights : nullptr;
+    args.projection[0] = ffn_.gate_projection;
+    args.projection[1] = ffn_.up_projection;
+    args.activation = ffn_.activation;
+    args.limit = ffn_.limit;
+    args.beta = ffn_.beta;
+    args.linear_beta = ffn_.linear_beta;
+    status = LaunchDenseWide(args, stream_);
+    if (status != cudaSuccess || args.h_pair) return status;
+    return LaunchPrepare(ffn_.Values(), Element::kF32, h, stream_);
+  }
+
  private:
   cudaError_t UseTiles(int tile_tokens) {
     if (tile_tokens == tile_tokens_) return cudaSuccess;
@@ -166,6 +217,20 @@ class Products {
     return LaunchTiled(kernel, args, stream_);
   }
 
+  // The same with a dense weight and Hopper's kernel; y_scales are of kDenseWideScaleColumns.
+  cudaError_t RunDense(const Weight& weight, const PreparedRows& x, int32_t pairs_a_row, void* y,
+                       int64_t y_pitch, float* y_scales = nullptr) {
+    const cudaError_t status = UseTiles(kDenseWideTokens);
+    if (status != cudaSuccess) return status;
+    DenseWideArgs args =
+        DenseWideProduct(weight, x.layout, ViewPrepared(x), pairs_a_row, CurrentLists());
+    args.y = y;
+    args.y_pitch = y_pitch;
+    args.y_type = y_scales == nullptr ? Element::kF32 : Element::kF16;
+    args.y_scales = y_scales;
+    return LaunchDenseWide(args, stream_);
+  }
+
   const Ffn& ffn_;
   cudaStream_t stream_;
   int tile_tokens_ = 0;
@@ -173,6 +238,12 @@ class Products {
 
 bool SameKind(const Weight& a, const Weight& b) {
   return a.format == b.format && a.tiled == b.tiled;
+}
+
+// Whether the launch for gate, up and the activation is that of Hopper's kernel for dense weights.
+bool FusesDense(const Ffn& ffn) {
+  const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
+  return ffn.DenseWide(up) && (!ffn.gate || SameKind(*ffn.gate, up));
 }
 
 // gate and up: values [pairs, columns], gate's columns first.
@@ -210,6 +281,11 @@ cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream) {
         PrepareFor(ffn, up, ffn.type, ffn.tokens, ffn.d_model, ffn.memory + ffn.layout.x);
     status = products.RunActivated(gated && !ffn.merged ? &*ffn.gate : nullptr, up, x, h);
     if (status == cudaSuccess && FewPairs(ffn)) return RunDown(ffn, h, stream);
+  } else if (FusesDense(ffn)) {
+    const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
+    const PreparedRows x =
+        PrepareFor(ffn, up, ffn.type, ffn.tokens, ffn.d_model, ffn.memory + ffn.layout.x);
+    status = products.RunDenseActivated(ffn.gate ? &*ffn.gate : nullptr, up, x, h);
   } else {
     status = RunGateAndUp(ffn, columns, products, stream);
     if (status != cudaSuccess) return status;
@@ -223,11 +299,14 @@ cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   // gate and up have been read: down takes their place.
   CombineArgs combine = {};
-  if (ffn.down.tiled && ffn.TiledTile() != plan::CudaTiledTile::kNarrow) {
+  const bool dense = ffn.DenseWide(ffn.down);
+  if (dense ? ffn.d_model % 8 == 0
+            : ffn.down.tiled && ffn.TiledTile() != plan::CudaTiledTile::kNarrow) {
     auto* values = reinterpret_cast<half*>(ffn.Values());
     auto* scales = reinterpret_cast<float*>(values + (ffn.pairs * ffn.d_model + 1) / 2 * 2);
     combine.scaled_values = values;
     combine.scales = scales;
+    combine.scale_columns = dense ? kDenseWideScaleColumns : 0;
     status = products.RunScaled(ffn.down, h, values, scales);
   } else {
     combine.values = ffn.Values();

@@ -36,6 +36,7 @@ struct Ffn {
   plan::CudaTiledTile TiledTile() const {
     return plan::ChooseCudaTiledTile(pairs, experts, IsHopper());
   }
+  bool DenseWide(const Weight& weight) const { return UsesDenseWide(weight, pairs); }
 };
 
 // Lists, prepared tokens, gate and up, prepared h, down, the sum over slots.

@@ -58,6 +58,8 @@ enum class Layout : int {
   // of each unit make the 16 columns of product s, the first two of each unit first.
   kF16Narrow,
   kF16Wide,
+  // Two bf16 rows of `pitch` columns, one after the other: values rounded, and what that left of them.
+  kBF16Pair,
 };
 
 struct Activations {

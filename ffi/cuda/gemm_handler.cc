@@ -63,10 +63,13 @@ ffi::Error Gemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight_buf
   const plan::CudaTiledTile tiled_tile =
       plan::ChooseCudaTiledTile(pairs, weight.experts, IsHopper());
   const bool rounds = static_cast<Variant>(variant) == Variant::kScalarGguf;
-  const Layout x_layout = weight.tiled
-                              ? TiledLayout(tiled_tile)
-                              : ChooseLayout(weight, *x_type, static_cast<Variant>(variant), tile);
+  const bool dense_wide = UsesDenseWide(weight, pairs);
+  const Layout x_layout =
+      weight.tiled
+          ? TiledLayout(tiled_tile)
+          : ChooseLayout(weight, *x_type, static_cast<Variant>(variant), tile, dense_wide);
   const int tile_tokens = weight.tiled ? ChooseTiledKernel(weight, tiled_tile).tile_tokens
+                          : dense_wide ? kDenseWideTokens
                                        : ChooseKernel(weight, x_layout, tile).tile_tokens;
   auto* tiles = reinterpret_cast<TokenTile*>(memory + layout.tiles);
   const PreparedRows prepared = {x_layout, x_dims[0], weight.columns, memory + layout.x,
@@ -97,6 +100,14 @@ ffi::Error Gemm(cudaStream_t stream, ffi::AnyBuffer x, ffi::AnyBuffer weight_buf
     args.y_pitch = weight.rows;
     args.y_type = *y_type;
     status = LaunchTiled(ChooseTiledKernel(weight, tiled_tile), args, stream);
+  } else if (dense_wide) {
+    DenseWideArgs args = DenseWideProduct(weight, x_layout, ViewPrepared(prepared),
+                                          rows_are_pairs ? 1 : top_k, lists);
+    args.pair_weight = pair_weight;
+    args.y = y->untyped_data();
+    args.y_pitch = weight.rows;
+    args.y_type = *y_type;
+    status = LaunchDenseWide(args, stream);
   } else {
     GemmArgs args = {};
     args.weight[0] = weight.data;

@@ -29,9 +29,16 @@ inline int64_t PreparedPitch(Layout layout, int64_t columns) {
 }
 
 inline __host__ __device__ int LayoutBytes(Layout layout) {
-  return layout == Layout::kF32 || layout == Layout::kPlanes ? 4
-         : layout == Layout::kS8Lanes                        ? 1
-                                                             : 2;
+  switch (layout) {
+    case Layout::kF32:
+    case Layout::kPlanes:
+    case Layout::kBF16Pair:
+      return 4;
+    case Layout::kS8Lanes:
+      return 1;
+    default:
+      return 2;
+  }
 }
 
 // The values, then what goes with them; at most 4 bytes a column and 8 a row.

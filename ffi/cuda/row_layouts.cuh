@@ -201,6 +201,17 @@ __device__ __forceinline__ void WriteAs(const OutRow& out, const Group& group) {
   }
 }
 
+__device__ __forceinline__ void WritePair(const OutRow& out, const Group& group) {
+  if (!group.inside) return;
+  auto* high = reinterpret_cast<__nv_bfloat16*>(out.values) + group.index * 8;
+  auto* low = high + out.units * 32;
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    high[i] = __float2bfloat16_rn(group.v[i]);
+    low[i] = __float2bfloat16_rn(group.v[i] - __bfloat162float(high[i]));
+  }
+}
+
 __device__ __forceinline__ void Write(const OutRow& out, const Group& group, float factor) {
   switch (out.layout) {
     case Layout::kF16Lanes:
@@ -214,6 +225,8 @@ __device__ __forceinline__ void Write(const OutRow& out, const Group& group, flo
       return WritePlanes(out, group);
     case Layout::kBF16:
       return WriteAs<__nv_bfloat16>(out, group);
+    case Layout::kBF16Pair:
+      return WritePair(out, group);
     case Layout::kF32:
       return WriteAs<float>(out, group);
   }

@@ -101,6 +101,10 @@ int ChooseCudaTiledLogSplits(int64_t items, int64_t places, int64_t k) {
   return log_splits;
 }
 
+bool UsesCudaDenseWide(int format, int64_t k, int64_t pairs, int64_t experts, bool hopper) {
+  return hopper && (format == kF16 || format == kBF16) && k > 0 && k % 8 == 0 && pairs > 6 * experts;
+}
+
 CudaTileShape ShapeOfCudaTile(CudaTile tile, bool packed, Variant variant) {
   if (!packed) return {16, tile == CudaTile::kVector || tile == CudaTile::kNarrow ? 8 : 64};
   if (variant == Variant::kScalarGguf) return {16, 8};
@@ -139,8 +143,16 @@ Kernel Guarantees(bool is_ffn, Variant variant, int x_type, int y_type, int64_t 
 }  // namespace
 
 Kernel CudaKernel(bool is_ffn, Variant variant, int format, bool packed, int x_type, int y_type,
-                  int64_t pairs, int64_t experts, int capability, int64_t workspace_bytes) {
+                  int64_t k, int64_t pairs, int64_t experts, int capability,
+                  int64_t workspace_bytes) {
   Kernel kernel = Guarantees(is_ffn, variant, x_type, y_type, workspace_bytes);
+  kernel.arch = capability / 10 == 9 ? "sm_90a" : "sm_80";
+  if (UsesCudaDenseWide(format, k, pairs, experts, capability / 10 == 9)) {
+    kernel.name = "cuda_wgmma_dense";
+    kernel.tile_rows = kCudaDenseWideShape.rows;
+    kernel.tile_tokens = kCudaDenseWideShape.tokens;
+    return kernel;
+  }
   const bool rounds = variant == Variant::kScalarGguf;
   CudaTile tile = ChooseCudaTile(pairs, experts);
   if (packed) tile = FitCudaTile(tile, format, CudaSharedLimit(capability));
@@ -150,7 +162,6 @@ Kernel CudaKernel(bool is_ffn, Variant variant, int format, bool packed, int x_t
                 : vector ? "cuda_dp4a_24bit"
                 : packed ? "cuda_mma_packed"
                          : "cuda_mma_dense";
-  kernel.arch = capability / 10 == 9 ? "sm_90a" : "sm_80";
   kernel.tile_rows = shape.rows;
   kernel.tile_tokens = shape.tokens;
   if (rounds || vector) kernel.accumulator = "int32 in a group, float32";

@@ -30,13 +30,19 @@ struct CudaTileShape {
   int rows, tokens;
 };
 
-// Of the kernel that runs. q8_1 activations (kScalarGguf) have one kernel, dense weights two.
+// Of the kernel for dense 16-bit weights and many tokens, Hopper's alone (dense_wide.cuh). K has to be a
+// multiple of 8, so that rows are aligned to 16 bytes.
+inline constexpr CudaTileShape kCudaDenseWideShape = {256, 144};
+bool UsesCudaDenseWide(int format, int64_t k, int64_t pairs, int64_t experts, bool hopper);
+
+// Of the kernel that runs otherwise. q8_1 activations (kScalarGguf) have one kernel, dense weights two.
 CudaTileShape ShapeOfCudaTile(CudaTile tile, bool packed, Variant variant);
 
-// The kernel for an op; the arguments are those of CpuKernel, the weights' format (ggml_type), the pairs
-// and experts of the problem and the device's compute capability, like 90.
+// The kernel for an op; the arguments are those of CpuKernel, the weights' format (ggml_type) and columns,
+// the pairs and experts of the problem and the device's compute capability, like 90.
 Kernel CudaKernel(bool is_ffn, Variant variant, int format, bool packed, int x_type, int y_type,
-                  int64_t pairs, int64_t experts, int capability, int64_t workspace_bytes);
+                  int64_t k, int64_t pairs, int64_t experts, int capability,
+                  int64_t workspace_bytes);
 
 // The same for tiled weights (docs/kernels.md).
 Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int64_t pairs,

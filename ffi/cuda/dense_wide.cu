@@ -1,0 +1,122 @@
+#include "ffi/cuda/dense_wide.cuh"
+
+#include <algorithm>
+
+#include "ffi/cuda/launch_early.h"
+#include "ffi/plan/cuda.h"
+
+namespace jax_moe::cuda {
+namespace {
+
+static_assert(kDenseWideTokens == plan::kCudaDenseWideShape.tokens &&
+              kDenseWideRows == plan::kCudaDenseWideShape.rows);
+
+using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*,
+                                 const cuuint64_t*, const cuuint64_t*, const cuuint32_t*,
+                                 const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// The driver's function, found at run time: nothing here links with the driver.
+EncodeTiled FindEncodeTiled() {
+  static const EncodeTiled found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    const cudaError_t status = cudaGetDriverEntryPointByVersion(
+        "cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t status =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+    const bool ok = status == cudaSuccess && result == cudaDriverEntryPointSuccess;
+    return ok ? reinterpret_cast<EncodeTiled>(function) : nullptr;
+  }();
+  return found;
+}
+
+// [experts, rows, k] in boxes of 64 rows and 64 columns, in the 128-byte swizzle.
+bool MakeMap(const DenseWideArgs& args, const uint8_t* weight, CUtensorMap* map) {
+  const auto u64 = [](int64_t value) { return static_cast<cuuint64_t>(value); };
+  const cuuint64_t sizes[] = {u64(args.k), u64(args.rows), u64(args.experts)};
+  const cuuint64_t strides[] = {u64(2 * args.k), u64(2 * args.k * args.expert_rows)};
+  const cuuint32_t box[] = {64, 64, 1}, steps[] = {1, 1, 1};
+  const EncodeTiled encode = FindEncodeTiled();
+  return encode != nullptr &&
+         encode(map,
+                args.type == Element::kF16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                           : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                3, const_cast<uint8_t*>(weight), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+struct Kernel {
+  const void* function;
+  int shared_bytes;
+};
+
+template <typename T, int kParts>
+Kernel Describe() {
+  return {reinterpret_cast<const void*>(&DenseWide<T, kParts>),
+          DenseWideShape<kParts>::kSharedBytes};
+}
+
+Kernel FindKernel(Layout layout) {
+  return layout == Layout::kF16    ? Describe<half, 1>()
+         : layout == Layout::kBF16 ? Describe<__nv_bfloat16, 1>()
+                                   : Describe<__nv_bfloat16, 2>();
+}
+
+int Multiprocessors() {
+  int device = 0, number = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  cudaDeviceGetAttribute(&number, cudaDevAttrMultiProcessorCount, device);
+  return std::max(number, 1);
+}
+
+// Whether two neighbours from an even row on can be stored at once.
+bool StoresTwo(const DenseWideArgs& args) {
+  const int bytes = args.y_type == Element::kF32 ? 8 : 4;
+  return args.rows % 2 == 0 && args.y_pitch % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(args.y) % bytes == 0;
+}
+
+}  // namespace
+
+bool HasDenseWide() { return IsHopper() && FindEncodeTiled() != nullptr; }
+
+cudaError_t ConfigureDenseWide() {
+  for (const Layout layout : {Layout::kF16, Layout::kBF16, Layout::kBF16Pair}) {
+    const Kernel kernel = FindKernel(layout);
+    const cudaError_t status = cudaFuncSetAttribute(
+        kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t LaunchDenseWide(const DenseWideArgs& args, cudaStream_t stream) {
+  DenseWideParams params = {};
+  params.args = args;
+  params.paired = args.activate && args.weight[0] != nullptr;
+  params.stores_two = StoresTwo(args);
+  const int64_t band_rows = params.paired ? kDenseWideRows / 2 : kDenseWideRows;
+  const int64_t rows = args.activate && args.h_pair ? args.y_pitch : args.rows;
+  params.bands = static_cast<int32_t>((rows + band_rows - 1) / band_rows);
+  const int64_t items = params.bands * args.lists.max_tiles;
+  if (items == 0) return cudaSuccess;
+  const uint8_t* first = args.activate && !params.paired ? args.weight[1] : args.weight[0];
+  if (!MakeMap(args, first, &params.map[0]) ||
+      !MakeMap(args, params.paired ? args.weight[1] : first, &params.map[1])) {
+    return cudaErrorInvalidValue;
+  }
+  const Kernel kernel = FindKernel(args.x_layout);
+  const unsigned blocks =
+      static_cast<unsigned>(std::min<int64_t>(items, Multiprocessors()));
+  void* parameters[] = {&params};
+  return LaunchEarly(kernel.function, dim3(blocks), DenseWideShape<1>::kThreads,
+                     static_cast<size_t>(kernel.shared_bytes), stream, parameters);
+}
+
+}  // namespace jax_moe::cuda

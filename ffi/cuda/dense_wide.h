@@ -1,0 +1,54 @@
+// Grouped products of dense 16-bit weights with many tokens of an expert, on Hopper.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "ffi/cuda/gemm.h"
+#include "ffi/cuda/prepare.h"
+
+namespace jax_moe::cuda {
+
+// Tokens of a tile at most, and its weight rows: of one matrix, or half of it of two each. Columns
+// of y that share a scale.
+constexpr int kDenseWideTokens = 144;
+constexpr int kDenseWideRows = 256;
+constexpr int kDenseWideScaleColumns = 64;
+
+// Either y[p, n] = weight_p * (W x), or, with `activate`, h[p, n] = act(gate x, up x).
+struct DenseWideArgs {
+  Element type;              // of the weights
+  const uint8_t* weight[2];  // activate: gate (null: absent) and up; else the first alone
+  int64_t rows;              // of a matrix
+  int64_t expert_rows;       // from one expert's first row to the next one's
+  int64_t experts, k;        // k a multiple of 8
+  Layout x_layout;           // kF16 for f16 weights, kBF16 or kBF16Pair for bf16
+  Activations x;
+  int32_t pairs_a_row;
+  Lists lists;               // tiles of kDenseWideTokens
+  const float* pair_weight;  // null: 1; activate: multiplies gate and up, before scale and bias
+  void* y;                   // [pairs, y_pitch]; activate: float32, or h_pair
+  int64_t y_pitch;
+  Element y_type;
+  // Not with `activate`: y is f16 with even rows and pitch, and these, [pairs, (rows + 63) / 64],
+  // undo the scaling of every 64 columns. Null: y is not scaled.
+  float* y_scales;
+  // With `activate` only.
+  bool activate;
+  bool h_pair;  // h is written as kBF16Pair, y_pitch columns with their padding
+  Projection projection[2];
+  Activation activation;
+  float limit, beta, linear_beta;
+};
+
+// Whether the current device has the kernels, and its driver makes tensor maps.
+bool HasDenseWide();
+
+// Lets the kernels use their shared memory on the current device. Before the first launch, outside
+// of capture.
+cudaError_t ConfigureDenseWide();
+
+cudaError_t LaunchDenseWide(const DenseWideArgs& args, cudaStream_t stream);
+
+}  // namespace jax_moe::cuda
