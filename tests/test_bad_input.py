@@ -7,7 +7,8 @@ import oracle
 import pytest
 
 import jax_moe
-from jax_moe import Experts, MoEConfig, MoEParams, MoEVariant, PackedExperts, Routing
+from jax_moe import Experts, MoEConfig, MoEParams, MoEVariant, PackedExperts, Routing, _ffi
+from jax_moe._operands import TILED_FORMAT
 
 E, N, K, T, TOP_K = 3, 10, 64, 4, 2
 IDS = jnp.zeros(T * TOP_K, jnp.int32)
@@ -235,6 +236,131 @@ def test_a_good_call_passes():
     assert jax_moe.moe_gemm(*args, **kwargs).shape == (T * TOP_K, N)
     assert jax_moe.moe_ffn(**ffn_arguments()).shape == (T, K)
     assert jax_moe.moe_block(**block_arguments()).shape == (2, T, K)
+
+
+F32, S32, U8 = np.float32, np.int32, np.uint8
+TILED_Q4_K = 12 | TILED_FORMAT
+
+
+def gemm_call(**changes):
+    """Operands, results and attributes of jax_moe_gemm: names to arrays, structs and numbers."""
+    call = {
+        "x": np.zeros((2, 256), F32),
+        "weight": np.zeros((3, 16, 144), U8),
+        "sorted_token_ids": np.zeros(4, S32),
+        "flat_expert_ids": np.zeros(4, S32),
+        "topk_weights": np.zeros(0, F32),
+        "weight_aux": np.zeros(0, F32),
+        "y": jax.ShapeDtypeStruct((4, 16), F32),
+        "workspace": jax.ShapeDtypeStruct((1 << 20,), U8),
+        "format": 12,
+        "top_k": 2,
+        "variant": 0,
+    }
+    assert call.keys() >= changes.keys()
+    return call | changes
+
+
+def ffn_call(**changes):
+    """The same of jax_moe_ffn."""
+    weight, absent = np.zeros((3, 256, 144), U8), np.zeros(0, F32)
+    call = {
+        "x": np.zeros((2, 256), F32),
+        "expert_ids": np.zeros((2, 2), S32),
+        "weights": np.zeros((2, 2), F32),
+        **dict.fromkeys(("gate", "up", "down"), weight),
+        **{
+            f"{name}_{kind}": absent
+            for kind in ("bias", "scale", "aux")
+            for name in ("gate", "up", "down")
+        },
+        "y": jax.ShapeDtypeStruct((2, 256), F32),
+        "workspace": jax.ShapeDtypeStruct((1 << 20,), U8),
+        **dict.fromkeys(("gate_format", "up_format", "down_format"), 12),
+        **dict.fromkeys(("merged", "activation", "weights_before", "variant"), 0),
+        **dict.fromkeys(("limit", "beta", "linear_beta"), 0.0),
+    }
+    assert call.keys() >= changes.keys()
+    return call | changes
+
+
+def run_handler(target, call, without=()):
+    """Calls the FFI target past every check of Python's."""
+    operands = [v for v in call.values() if isinstance(v, np.ndarray)]
+    results = [v for v in call.values() if isinstance(v, jax.ShapeDtypeStruct)]
+    attributes = {k: v for k, v in call.items() if isinstance(v, int | float) and k not in without}
+    jax.block_until_ready(_ffi.call(target, results, *map(jnp.asarray, operands), **attributes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 99}, "weight has unknown format 99"),
+        ({"weight": np.zeros((3, 16), U8)}, r"weight has shape \[3, 16\], expected rank 3"),
+        ({"weight": np.zeros((3, 16, 144), F32)}, "weight has an element type that is not its"),
+        ({"weight": np.zeros((3, 16, 143), U8)}, "rows of 143 bytes, expected a multiple of 144"),
+        ({"weight": np.zeros((3, 16, 288), U8)}, "x has rows of 256, weight of 512"),
+        ({"format": TILED_Q4_K}, r"weight_aux has shape \[0\], expected \[3, 16, 2\]"),
+        ({"weight_aux": np.zeros((3, 16, 2), F32)}, "weight_aux must be absent"),
+        ({"top_k": 0}, "top_k is 0, expected at least 1"),
+        ({"top_k": 3}, "4 entries, expected a multiple of top_k = 3"),
+        ({"x": np.zeros((3, 256), F32)}, r"x has 3 rows, expected 2 \(tokens\) or 4 \(pairs\)"),
+        ({"x": np.zeros((2, 256), S32)}, "x must be float32, float16 or bfloat16"),
+        ({"sorted_token_ids": np.zeros(4, F32)}, "sorted_token_ids has shape .* of the type"),
+        ({"flat_expert_ids": np.zeros(3, S32)}, "flat_expert_ids has shape"),
+        ({"topk_weights": np.zeros(3, F32)}, r"topk_weights has shape \[3\], expected \[4\]"),
+        ({"y": jax.ShapeDtypeStruct((4, 15), F32)}, r"y has shape \[4, 15\], expected \[4, 16\]"),
+        ({"workspace": jax.ShapeDtypeStruct((64,), U8)}, "workspace has 64 bytes, expected"),
+        ({"x": np.zeros((2, 256), np.float16), "variant": 1}, "SCALAR_GGUF takes float32 x"),
+    ],
+)
+def test_gemm_handlers_check_too(changes, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"jax_moe_gemm: .*{message}"):
+        run_handler("jax_moe_gemm", gemm_call(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation": 10}, "unknown activation 10"),
+        ({"activation": 7}, "gate must be given for a gated activation only"),
+        ({"merged": 1}, "up must be given unless gate is merged"),
+        ({"up_format": -1}, "up must be given unless gate is merged"),
+        ({"merged": 1, "up_format": -1}, r"gate is not \[experts, 512, 256\] as down demands"),
+        ({"up": np.zeros((2, 256, 144), U8)}, r"up is not \[experts, 256, 256\]"),
+        ({"down_format": 98}, "down has unknown format 98"),
+        ({"expert_ids": np.zeros(4, S32)}, "expert_ids has shape .* expected rank 2"),
+        ({"weights": np.zeros((2, 3), F32)}, "weights has shape"),
+        ({"x": np.zeros((2, 255), F32)}, r"x has shape \[2, 255\], expected \[2, 256\]"),
+        ({"y": jax.ShapeDtypeStruct((2, 256), np.float16)}, "y has shape .* of the type"),
+        ({"up_bias": np.zeros((3, 255), F32)}, "up_bias has shape"),
+        ({"down_scale": np.zeros(2, F32)}, "down_scale has shape"),
+        ({"gate_aux": np.zeros((3, 256, 2), F32)}, "gate_aux must be absent"),
+        ({"workspace": jax.ShapeDtypeStruct((64,), U8)}, "workspace has 64 bytes, expected"),
+        (
+            {"down": np.zeros((3, 256, 256), F32), "down_format": 0, "variant": 1},
+            "SCALAR_GGUF takes packed weights",
+        ),
+    ],
+)
+def test_ffn_handlers_check_too(changes, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"jax_moe_ffn: .*{message}"):
+        run_handler("jax_moe_ffn", ffn_call(**changes))
+
+
+def test_handlers_miss_nothing():
+    """The calls above change one thing of a call that works; parts may also be missing."""
+    run_handler("jax_moe_gemm", gemm_call())
+    run_handler("jax_moe_ffn", ffn_call())
+    for target, call, name in (
+        ("jax_moe_gemm", gemm_call(), "top_k"),
+        ("jax_moe_ffn", ffn_call(), "limit"),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"attribute {name} is missing"):
+            run_handler(target, call, without=(name,))
+        without_workspace = {k: v for k, v in call.items() if k != "workspace"}
+        with pytest.raises(jax.errors.JaxRuntimeError, match=r"operands and 1 results, expected"):
+            run_handler(target, without_workspace)
 
 
 def test_handlers_check_too():

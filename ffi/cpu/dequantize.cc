@@ -48,16 +48,4 @@ void RunDequantize(int format, const uint8_t* data, int64_t rows, int64_t k, flo
   });
 }
 
-bool BlockSize(int format, int64_t* elements, int64_t* bytes) {
-  if (format == kF32 || format == kF16 || format == kBF16) {
-    *elements = 1;
-    *bytes = format == kF32 ? 4 : 2;
-    return true;
-  }
-  return VisitFormat(format, [&](auto decoder) {
-    *elements = decltype(decoder)::kBlock;
-    *bytes = decltype(decoder)::kBytes;
-  });
-}
-
 }  // namespace jax_moe::cpu

@@ -51,7 +51,4 @@ void RunFfn(const FfnArgs& args, const Executor& executor);
 void RunDequantize(int format, const uint8_t* data, int64_t rows, int64_t k, float* out,
                    const Executor& executor);
 
-// Elements and bytes of a block of a ggml_type, block formats and dense ones; false: not known.
-bool BlockSize(int format, int64_t* elements, int64_t* bytes);
-
 }  // namespace jax_moe::cpu

@@ -1,5 +1,6 @@
 #include "ffi/cuda/check.h"
 
+#include "ffi/cuda/dispatch.h"
 #include "ffi/cuda/packed_formats.h"
 
 namespace jax_moe::cuda {
@@ -11,8 +12,6 @@ int SharedMemoryLimit() {
   cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   return bytes;
 }
-
-int64_t DenseBytes(Element type) { return type == Element::kF32 ? 4 : 2; }
 
 }  // namespace
 
@@ -26,67 +25,18 @@ ffi::Error CudaError(const std::string& op, cudaError_t status) {
                               cudaGetErrorString(status));
 }
 
-std::optional<Element> ElementOf(ffi::DataType type) {
-  switch (type) {
-    case ffi::DataType::F32:
-      return Element::kF32;
-    case ffi::DataType::F16:
-      return Element::kF16;
-    case ffi::DataType::BF16:
-      return Element::kBF16;
-    default:
-      return std::nullopt;
-  }
-}
-
 bool IsAligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
-ffi::ErrorOr<Weight> ReadWeight(const std::string& op, const char* name,
-                                const ffi::AnyBuffer& buffer, int format,
-                                const ffi::Buffer<ffi::F32>& aux) {
-  const auto fail = [&](const std::string& what) {
-    return ffi::Unexpected(Invalid(op, name + (" " + what)));
-  };
-  const auto dims = buffer.dimensions();
-  if (dims.size() != 3) return fail("must have three dimensions, not " + ShapeText(buffer));
-  Weight weight = {};
-  weight.data = static_cast<const uint8_t*>(buffer.untyped_data());
-  weight.tiled = (format & kTiledFormat) != 0;
-  weight.format = format & ~kTiledFormat;
-  weight.experts = dims[0];
-  weight.rows = dims[1];
-  weight.columns = dims[2];
-  format = weight.format;
-  if (weight.tiled) {
-    if (FindTiledKernels(format) == nullptr || dims[1] % 16 != 0) {
-      return fail("cannot be tiled: ggml_type " + std::to_string(format) + ", " + ShapeText(buffer));
-    }
-    if (static_cast<int64_t>(aux.element_count()) != 2 * dims[0] * dims[1]) {
-      return fail("is tiled, and its aux does not match: " + ShapeText(aux));
-    }
-    weight.aux = aux.typed_data();
-  }
-  if (const PackedFormat* packed = FindPackedFormat(format)) {
-    if (buffer.element_type() != ffi::DataType::U8) return fail("must be uint8 blocks");
-    if (dims[2] % packed->block_bytes != 0) {
-      return fail("has rows of " + std::to_string(dims[2]) +
-                  " bytes, not a multiple of the block's " + std::to_string(packed->block_bytes));
-    }
-    weight.packed = true;
-    weight.row_bytes = dims[2];
-    weight.columns = dims[2] / packed->block_bytes * packed->block_weights;
-  } else {
-    const std::optional<Element> type = ElementOf(buffer.element_type());
-    if (!type || static_cast<int>(*type) != format) {
-      return fail("does not have the element type of ggml_type " + std::to_string(format));
-    }
-    weight.row_bytes = dims[2] * DenseBytes(*type);
-  }
-  if (weight.rows > (int64_t{1} << 30) || weight.columns > (int64_t{1} << 30)) {
-    return fail("is larger than the kernels' indices: " + ShapeText(buffer));
-  }
-  if (!IsAligned(weight.data)) return fail("is not aligned to 16 bytes");
-  return weight;
+void RequireLimits(Checker& check, const char* name, const Weight& weight) {
+  constexpr int64_t kMost = int64_t{1} << 30;
+  check.Require(weight.rows <= kMost && weight.columns <= kMost,
+                std::string(name) + " has more than 2^30 rows or columns");
+  check.Require(IsAligned(weight.data), std::string(name) + " is not aligned to 16 bytes");
+}
+
+void RequireLimits(Checker& check, int64_t experts, int64_t pairs) {
+  check.Require(experts <= kMaxExperts && pairs <= int64_t{1} << 30,
+                "more than 8192 experts or 2^30 pairs");
 }
 
 const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile tile) {

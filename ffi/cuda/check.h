@@ -11,8 +11,8 @@
 #include "ffi/cuda/gemm.h"
 #include "ffi/cuda/launch_early.h"
 #include "ffi/cuda/tiled_gemm.h"
+#include "ffi/operands.h"
 #include "ffi/plan/cuda.h"
-#include "ffi/shape_text.h"
 #include "ffi/targets.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -25,28 +25,10 @@ ffi::Error Invalid(const std::string& op, const std::string& what);
 // An error that names the call where `status` is one, success otherwise.
 ffi::Error CudaError(const std::string& op, cudaError_t status);
 
-// The element type of a float buffer.
-std::optional<Element> ElementOf(ffi::DataType type);
-
-// The operand's data, or null where it has no elements.
-template <typename T>
-const T* Optional(const ffi::AnyBuffer& buffer) {
-  return buffer.element_count() == 0 ? nullptr : static_cast<const T*>(buffer.untyped_data());
-}
-
-// A weight operand: packed blocks or a dense matrix of an expert, [experts, rows, columns].
-struct Weight {
-  const uint8_t* data;
-  const float* aux;  // [experts, rows, 2] of the tiled layout (ffi/blocks/tiled.h), null in GGUF's
-  int format;        // ggml_type
-  bool packed, tiled;
-  int64_t experts, rows, columns, row_bytes;
-};
-
-// Reads a weight operand and its aux; `format` is as in ffi/targets.h. An error names `name`.
-ffi::ErrorOr<Weight> ReadWeight(const std::string& op, const char* name,
-                                const ffi::AnyBuffer& buffer, int format,
-                                const ffi::Buffer<ffi::F32>& aux);
+// What the kernels take of what ffi/operands.h allows: sizes that their indices hold, and alignment, for
+// cp.async and 16-byte loads. XLA aligns its buffers to 256 bytes or 16 at least.
+void RequireLimits(Checker& check, const char* name, const Weight& weight);
+void RequireLimits(Checker& check, int64_t experts, int64_t pairs);
 
 // Whether a product with `weight` runs on Hopper's kernel for dense weights and many tokens.
 bool UsesDenseWide(const Weight& weight, int64_t pairs);
@@ -75,8 +57,7 @@ GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile
 // Lets all kernels for weights of `format` use their shared memory, as far as the device has it.
 cudaError_t ConfigureFormat(int format);
 
-// cp.async and 16-byte loads need aligned operands; XLA aligns its buffers to 256 bytes or 16 at
-// least.
+// To 16 bytes.
 bool IsAligned(const void* data);
 
 }  // namespace jax_moe::cuda
