@@ -7,24 +7,35 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// kColumns of a pair's values.
+// kColumns of a pair's values: as they are in memory, for many loads under way take few registers so.
 template <int kColumns>
-__device__ __forceinline__ void LoadValues(const CombineArgs& args, int64_t pair, int64_t column,
-                                           float (&value)[kColumns]) {
-  const int64_t at = pair * args.columns + column;
-  if (args.scaled_values == nullptr) {
-    for (int i = 0; i < kColumns; ++i) value[i] = args.values[at + i];
-  } else if constexpr (kColumns == 8) {
-    const uint4 bits = *reinterpret_cast<const uint4*>(args.scaled_values + at);
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-    for (int i = 0; i < 4; ++i) {
-      const float2 two = __half22float2(*reinterpret_cast<const half2*>(&words[i]));
-      value[2 * i] = two.x, value[2 * i + 1] = two.y;
+struct Values {
+  static constexpr int kWords = kColumns == 8 ? 4 : kColumns;
+  uint32_t words[kWords];
+
+  __device__ __forceinline__ void Load(const CombineArgs& args, int64_t pair, int64_t column) {
+    const int64_t at = pair * args.columns + column;
+    if constexpr (kColumns == 8) {
+      const uint4 bits = *reinterpret_cast<const uint4*>(args.scaled_values + at);
+      words[0] = bits.x, words[1] = bits.y, words[2] = bits.z, words[3] = bits.w;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kColumns; ++i) {
+        words[i] = __float_as_uint(args.scaled_values == nullptr
+                                       ? args.values[at + i]
+                                       : __half2float(args.scaled_values[at + i]));
+      }
     }
-  } else {
-    for (int i = 0; i < kColumns; ++i) value[i] = __half2float(args.scaled_values[at + i]);
   }
-}
+  __device__ __forceinline__ float Get(int i) const {
+    if constexpr (kColumns == 8) {
+      const float2 two = __half22float2(*reinterpret_cast<const half2*>(&words[i / 2]));
+      return i % 2 == 0 ? two.x : two.y;
+    } else {
+      return __uint_as_float(words[i]);
+    }
+  }
+};
 
 template <int kColumns>
 __global__ void __launch_bounds__(kThreads)
@@ -40,21 +51,23 @@ __global__ void __launch_bounds__(kThreads)
   float sum[kColumns] = {};
   for (int first = 0; first < args.top_k; first += kBatch) {
     int expert[kBatch];
-    float value[kBatch][kColumns], scale[kBatch], weight[kBatch];
+    Values<kColumns> value[kBatch];
+    float scale[kBatch], weight[kBatch];
+    // Values of pairs without an expert are nothing, but are read without waiting for the id.
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
+      expert[i] = -1;
+      if (first + i >= args.top_k) continue;
       const int64_t pair = token * args.top_k + first + i;
-      expert[i] = first + i < args.top_k ? args.expert_ids[pair] : -1;
-      if (expert[i] >= args.experts) expert[i] = -1;
+      expert[i] = args.expert_ids[pair];
+      value[i].Load(args, pair, column);
+      scale[i] = args.scaled_values == nullptr ? 1.0f : args.scales[pair * scales + group];
+      weight[i] = args.weights == nullptr ? 1.0f : args.weights[pair];
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (expert[i] < 0) continue;
-      const int64_t pair = token * args.top_k + first + i;
-      LoadValues(args, pair, column, value[i]);
-      scale[i] = p.scale == nullptr ? 1.0f : p.scale[expert[i]];
-      if (args.scaled_values != nullptr) scale[i] *= args.scales[pair * scales + group];
-      weight[i] = args.weights == nullptr ? 1.0f : args.weights[pair];
+      if (expert[i] >= args.experts) expert[i] = -1;
+      if (expert[i] >= 0 && p.scale != nullptr) scale[i] *= p.scale[expert[i]];
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
@@ -63,13 +76,11 @@ __global__ void __launch_bounds__(kThreads)
       for (int c = 0; c < kColumns; ++c) {
         const float bias =
             p.bias == nullptr ? 0.0f : p.bias[expert[i] * p.bias_pitch + column + c];
-        sum[c] += (value[i][c] * scale[i] + bias) * weight[i];
+        sum[c] += (value[i].Get(c) * scale[i] + bias) * weight[i];
       }
     }
   }
-  for (int c = 0; c < kColumns; ++c) {
-    Store(args.y, token * args.columns + column + c, args.y_type, sum[c]);
-  }
+  StoreColumns(args.y, token * args.columns + column, args.y_type, sum);
 }
 
 __global__ void __launch_bounds__(kThreads)

@@ -46,20 +46,24 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
   const PreparedRows prepared = {x_layout, rows_are_pairs ? pairs : call.tokens, weight.columns,
                                  memory + layout.x, weight.tiled && rounds};
 
-  cudaError_t status =
-      LaunchPairExperts(call.sorted_token_ids, call.flat_expert_ids, pairs,
-                        ints(layout.winners), ints(layout.expert_ids), stream);
-  if (status == cudaSuccess) {
-    status = LaunchSort(
-        {ints(layout.expert_ids), pairs, experts, ints(layout.pairs), nullptr, ints(layout.offsets),
-         ints(layout.counts), tiles, ints(layout.num_tiles), tile_tokens},
-        stream);
+  const SortArgs sort = {ints(layout.expert_ids), pairs, experts, ints(layout.pairs), nullptr,
+                         ints(layout.offsets), ints(layout.counts), tiles, ints(layout.num_tiles),
+                         tile_tokens};
+  cudaError_t status;
+  if (pairs <= kPairsInOneLaunch && SortsInOneBlock(pairs, experts)) {
+    status = LaunchPrepareGemm({call.sorted_token_ids, call.flat_expert_ids,
+                                ints(layout.expert_ids), call.y, weight.rows, y_type},
+                               sort, call.x, x_type, prepared, stream);
+  } else {
+    status = LaunchPairExperts(call.sorted_token_ids, call.flat_expert_ids, pairs,
+                               ints(layout.winners), ints(layout.expert_ids), stream);
+    if (status == cudaSuccess) status = LaunchSort(sort, stream);
+    if (status == cudaSuccess) {
+      status = LaunchZeroRows(ints(layout.expert_ids), pairs, experts, call.y, weight.rows,
+                              y_type, stream);
+    }
+    if (status == cudaSuccess) status = LaunchPrepare(call.x, x_type, prepared, stream);
   }
-  if (status == cudaSuccess) {
-    status = LaunchZeroRows(ints(layout.expert_ids), pairs, experts, call.y, weight.rows,
-                            y_type, stream);
-  }
-  if (status == cudaSuccess) status = LaunchPrepare(call.x, x_type, prepared, stream);
   if (status != cudaSuccess) return CudaError(kOp, status);
   const Lists lists = {ints(layout.pairs), tiles, ints(layout.num_tiles),
                        MaxTiles(pairs, weight.experts, tile_tokens)};

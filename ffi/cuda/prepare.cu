@@ -1,17 +1,19 @@
 #include "ffi/cuda/prepare.h"
 
+#include <type_traits>
+
 #include "ffi/cuda/hopper.cuh"
 #include "ffi/cuda/launch_early.h"
 #include "ffi/cuda/row_layouts.cuh"
 #include "ffi/cuda/row_sources.cuh"
 #include "ffi/cuda/sort_block.cuh"
+#include "ffi/cuda/store.cuh"
 
 namespace jax_moe::cuda {
 namespace {
 
-constexpr int kThreads = kSortThreads;
-
 // The largest magnitude of a row, NaN where it holds one.
+template <int kThreads>
 __device__ float RowMax(float value) {
   __shared__ float warp_max[kThreads / 32];
   for (int d = 16; d > 0; d /= 2) value = MaxWithNan(value, __shfl_xor_sync(0xffffffffu, value, d));
@@ -22,6 +24,7 @@ __device__ float RowMax(float value) {
   return value;
 }
 
+template <int kThreads>
 __device__ float RowSum(float value) {
   __shared__ float warp_sums[kThreads / 32];
   for (int d = 16; d > 0; d /= 2) value += __shfl_xor_sync(0xffffffffu, value, d);
@@ -39,8 +42,8 @@ __device__ int RowExponent(float max) {
   return min(14 - ilogbf(max), 126);
 }
 
-// By one block.
-template <typename Rows>
+// By one block. Few rows are a matter of latency: with a thread for every group nothing is loaded twice.
+template <int kThreads, typename Rows>
 __device__ __forceinline__ void PrepareRow(const Rows& rows, const Activations& to, Layout layout,
                                            int64_t columns, bool rounds, int64_t row) {
   if (!rows.Has(row)) return;
@@ -65,7 +68,7 @@ __device__ __forceinline__ void PrepareRow(const Rows& rows, const Activations& 
     for (int64_t base = kThreads; base < groups; base += kThreads) {
       max = MaxWithNan(load(base).Max(), max);
     }
-    const int exponent = RowExponent(RowMax(max));
+    const int exponent = RowExponent(RowMax<kThreads>(max));
     factor = ldexpf(1.0f, exponent);
     if (threadIdx.x == 0) const_cast<float*>(to.scales)[row] = ldexpf(1.0f, -exponent);
   }
@@ -83,67 +86,148 @@ __device__ __forceinline__ void PrepareRow(const Rows& rows, const Activations& 
     if (IsTiled(layout)) squares += group.Squares(factor);
   }
   if (IsTiled(layout)) {
-    squares = RowSum(squares);
+    squares = RowSum<kThreads>(squares);
     if (threadIdx.x == 0) const_cast<float*>(to.norms)[row] = 1.001f * sqrtf(squares);
   }
 }
 
 // One block a row.
-template <typename Rows>
+template <int kThreads, typename Rows>
 __global__ void __launch_bounds__(kThreads)
     Prepare(const __grid_constant__ Rows rows, Activations to, Layout layout, int64_t columns,
             bool rounds) {
   WaitForEarlierKernels();
   LetNextKernelStart();
-  PrepareRow(rows, to, layout, columns, rounds, blockIdx.x);
+  PrepareRow<kThreads>(rows, to, layout, columns, rounds, blockIdx.x);
 }
 
 // One block a row, after one that sorts.
-template <typename Rows>
+template <int kThreads, typename Rows>
 __global__ void __launch_bounds__(kThreads)
     SortAndPrepare(const __grid_constant__ SortArgs sort, const __grid_constant__ Rows rows,
                    Activations to, Layout layout, int64_t columns, bool rounds) {
   extern __shared__ int32_t counts[];
   WaitForEarlierKernels();
   LetNextKernelStart();
-  if (blockIdx.x == 0) return SortInBlock(sort, counts);
-  PrepareRow(rows, to, layout, columns, rounds, blockIdx.x - 1);
+  if (blockIdx.x == 0) {
+    if (threadIdx.x < kSortThreads) SortInBlock(sort, counts);
+    return;
+  }
+  PrepareRow<kThreads>(rows, to, layout, columns, rounds, blockIdx.x - 1);
 }
 
-template <typename Rows>
-cudaError_t Launch(const Rows& rows, const PreparedRows& to, cudaStream_t stream,
-                   const SortArgs* sort = nullptr) {
-  if (to.rows == 0) return cudaSuccess;
+// The last entry that names each pair decides, as in LaunchPairExperts. By the block that sorts.
+__device__ __forceinline__ void FindPairExperts(const PairArgs& args, int pairs) {
+  __shared__ int32_t winners[kPairsInOneLaunch];
+  for (int i = threadIdx.x; i < pairs; i += kSortThreads) winners[i] = -1;
+  __syncthreads();
+  for (int i = threadIdx.x; i < pairs; i += kSortThreads) {
+    const int pair = args.sorted_token_ids[i];
+    if (pair >= 0 && pair < pairs) atomicMax(winners + pair, i);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < pairs; i += kSortThreads) {
+    args.expert_ids[i] = winners[i] < 0 ? -1 : args.flat_expert_ids[winners[i]];
+  }
+  __syncthreads();
+}
+
+// A block's pair: it looks for the pair's expert by itself.
+__device__ __forceinline__ void ZeroRowWithoutExpert(const PairArgs& args, int pairs, int experts,
+                                                     int pair) {
+  __shared__ int32_t winner;
+  if (threadIdx.x == 0) winner = -1;
+  __syncthreads();
+  for (int i = threadIdx.x; i < pairs; i += blockDim.x) {
+    if (args.sorted_token_ids[i] == pair) atomicMax(&winner, i);
+  }
+  __syncthreads();
+  const int expert = winner < 0 ? -1 : args.flat_expert_ids[winner];
+  if (expert >= 0 && expert < experts) return;
+  for (int64_t column = threadIdx.x; column < args.columns; column += blockDim.x) {
+    Store(args.y, pair * args.columns + column, args.y_type, 0.0f);
+  }
+}
+
+// One block that sorts, then one a pair, then one a row.
+template <int kThreads, typename Rows>
+__global__ void __launch_bounds__(kThreads)
+    PrepareGemm(const __grid_constant__ PairArgs pairs, const __grid_constant__ SortArgs sort,
+                const __grid_constant__ Rows rows, Activations to, Layout layout, int64_t columns,
+                bool rounds) {
+  extern __shared__ int32_t counts[];
+  WaitForEarlierKernels();
+  LetNextKernelStart();
+  const int number = static_cast<int>(sort.pairs);
+  if (blockIdx.x == 0) {
+    if (threadIdx.x >= kSortThreads) return;
+    FindPairExperts(pairs, number);
+    SortInBlock(sort, counts);
+  } else if (blockIdx.x <= number) {
+    ZeroRowWithoutExpert(pairs, number, sort.experts, static_cast<int>(blockIdx.x) - 1);
+  } else {
+    PrepareRow<kThreads>(rows, to, layout, columns, rounds, blockIdx.x - 1 - number);
+  }
+}
+
+template <int kThreads, typename Rows>
+cudaError_t LaunchThreads(const Rows& rows, const PreparedRows& to, cudaStream_t stream,
+                          const SortArgs* sort) {
   const unsigned blocks = static_cast<unsigned>(to.rows);
   if (sort == nullptr) {
-    return LaunchEarly(Prepare<Rows>, blocks, kThreads, 0, stream, rows, ViewPrepared(to), to.layout,
-                       to.columns, to.rounds);
+    return LaunchEarly(Prepare<kThreads, Rows>, blocks, kThreads, 0, stream, rows, ViewPrepared(to),
+                       to.layout, to.columns, to.rounds);
   }
-  return LaunchEarly(SortAndPrepare<Rows>, blocks + 1, kThreads, SortSharedBytes(*sort), stream,
-                     *sort, rows, ViewPrepared(to), to.layout, to.columns, to.rounds);
+  return LaunchEarly(SortAndPrepare<kThreads, Rows>, blocks + 1, kThreads, SortSharedBytes(*sort),
+                     stream, *sort, rows, ViewPrepared(to), to.layout, to.columns, to.rounds);
+}
+
+// f(rows, the number of threads) for an array of rows.
+template <typename F>
+cudaError_t WithDenseRows(const void* x, Element x_type, const PreparedRows& to, F f) {
+  if (to.rows == 0) return cudaSuccess;
+  const int64_t groups = PreparedPitch(to.layout, to.columns) / 8;
+  const auto run = [&](auto rows) {
+    if (groups <= 256) return f(rows, std::integral_constant<int, 256>());
+    if (groups <= 512) return f(rows, std::integral_constant<int, 512>());
+    return f(rows, std::integral_constant<int, 1024>());
+  };
+  switch (x_type) {
+    case Element::kF32:
+      return run(Dense<float>{static_cast<const float*>(x), to.columns});
+    case Element::kF16:
+      return run(Dense<half>{static_cast<const half*>(x), to.columns});
+    case Element::kBF16:
+      return run(Dense<__nv_bfloat16>{static_cast<const __nv_bfloat16*>(x), to.columns});
+  }
+  return cudaErrorInvalidValue;
 }
 
 }  // namespace
 
 cudaError_t LaunchPrepare(const void* x, Element x_type, const PreparedRows& to,
                           cudaStream_t stream, const SortArgs* sort) {
-  switch (x_type) {
-    case Element::kF32:
-      return Launch(Dense<float>{static_cast<const float*>(x), to.columns}, to, stream, sort);
-    case Element::kF16:
-      return Launch(Dense<half>{static_cast<const half*>(x), to.columns}, to, stream, sort);
-    case Element::kBF16:
-      return Launch(Dense<__nv_bfloat16>{static_cast<const __nv_bfloat16*>(x), to.columns}, to,
-                    stream, sort);
-  }
-  return cudaErrorInvalidValue;
+  return WithDenseRows(x, x_type, to, [&](auto rows, auto threads) {
+    return LaunchThreads<decltype(threads)::value>(rows, to, stream, sort);
+  });
+}
+
+cudaError_t LaunchPrepareGemm(const PairArgs& pairs, const SortArgs& sort, const void* x, Element x_type,
+                              const PreparedRows& to, cudaStream_t stream) {
+  return WithDenseRows(x, x_type, to, [&](auto rows, auto threads) {
+    constexpr int kThreads = decltype(threads)::value;
+    const unsigned blocks = static_cast<unsigned>(1 + sort.pairs + to.rows);
+    return LaunchEarly(PrepareGemm<kThreads, decltype(rows)>, blocks, kThreads, SortSharedBytes(sort),
+                       stream, pairs, sort, rows, ViewPrepared(to), to.layout, to.columns, to.rounds);
+  });
 }
 
 cudaError_t LaunchActivate(const ActivateArgs& args, const PreparedRows& to, cudaStream_t stream) {
+  if (to.rows == 0) return cudaSuccess;
   switch (args.activation) {
 #define JAX_MOE_ACTIVATION(NAME) \
   case Activation::NAME:         \
-    return Launch(Activated<Activation::NAME>{args}, to, stream);
+    return LaunchThreads<256>(Activated<Activation::NAME>{args}, to, stream, nullptr);
     JAX_MOE_ACTIVATIONS(JAX_MOE_ACTIVATION)
 #undef JAX_MOE_ACTIVATION
   }

@@ -55,6 +55,24 @@ inline Activations ViewPrepared(const PreparedRows& to) {
 cudaError_t LaunchPrepare(const void* x, Element x_type, const PreparedRows& to,
                           cudaStream_t stream, const SortArgs* sort = nullptr);
 
+// Who is whose in a moe_gemm (LaunchPairExperts of dispatch.h), and the rows of y that belong to nobody.
+struct PairArgs {
+  const int32_t* sorted_token_ids;  // [pairs]
+  const int32_t* flat_expert_ids;   // [pairs]
+  int32_t* expert_ids;              // [pairs]: what the sort reads
+  void* y;                          // [pairs, columns]
+  int64_t columns;
+  Element y_type;
+};
+
+// So many pairs have what comes before their product in one launch.
+inline constexpr int64_t kPairsInOneLaunch = 256;
+
+// Finds the pairs' experts, sorts them, writes zeros to rows of y without an expert, and prepares x, in one
+// launch, for up to kPairsInOneLaunch pairs.
+cudaError_t LaunchPrepareGemm(const PairArgs& pairs, const SortArgs& sort, const void* x, Element x_type,
+                              const PreparedRows& to, cudaStream_t stream);
+
 // The result of a projection of expert e is value * scale[e] + bias[e, column]; null: 1 and 0.
 struct Projection {
   const float* scale;

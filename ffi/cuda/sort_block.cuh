@@ -8,7 +8,8 @@ namespace jax_moe::cuda {
 constexpr int kSortThreads = 256;
 constexpr int kSortWarps = kSortThreads / 32;
 static_assert(kSortWarps <= 32);  // a warp scans the sums of all warps
-constexpr int kSingleSegment = 4096;
+// Beside the preparation of as many rows a single block's sort is hardly noticed.
+constexpr int kSingleSegment = 32768;
 
 // Pairs a segment: enough that the counts of all segments fit into `pairs` elements.
 __host__ __device__ inline int64_t SegmentSize(int64_t experts) {

@@ -22,6 +22,38 @@ __device__ __forceinline__ void Store(void* y, int64_t index, Element type, floa
   }
 }
 
+// kColumns consecutive ones, to an index that is a multiple of kColumns.
+template <int kColumns>
+__device__ __forceinline__ void StoreColumns(void* y, int64_t index, Element type,
+                                             const float (&value)[kColumns]) {
+  if constexpr (kColumns == 8) {
+    uint32_t words[4];
+    if (type == Element::kF16) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const half2 two = __floats2half2_rn(value[2 * i], value[2 * i + 1]);
+        words[i] = *reinterpret_cast<const uint32_t*>(&two);
+      }
+    } else if (type == Element::kBF16) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const __nv_bfloat162 two = __floats2bfloat162_rn(value[2 * i], value[2 * i + 1]);
+        words[i] = *reinterpret_cast<const uint32_t*>(&two);
+      }
+    } else {
+      auto* to = reinterpret_cast<float4*>(static_cast<float*>(y) + index);
+      to[0] = make_float4(value[0], value[1], value[2], value[3]);
+      to[1] = make_float4(value[4], value[5], value[6], value[7]);
+      return;
+    }
+    *reinterpret_cast<uint4*>(static_cast<half*>(y) + index) =
+        make_uint4(words[0], words[1], words[2], words[3]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) Store(y, index + i, type, value[i]);
+  }
+}
+
 // To an even index.
 __device__ __forceinline__ void StoreTwo(void* y, int64_t index, Element type, float first,
                                          float second) {

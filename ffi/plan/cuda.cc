@@ -93,18 +93,6 @@ CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, bool hopper) {
   return mean <= 24 ? CudaTiledTile::k32 : mean <= 48 ? CudaTiledTile::k64 : CudaTiledTile::k128;
 }
 
-int ChooseCudaTiledLogSplits(int64_t items, int64_t places, int64_t k) {
-  int log_splits = 0;
-  while (log_splits < 2 && items << (log_splits + 1) <= 2 * places && k > 256 << log_splits) {
-    ++log_splits;
-  }
-  return log_splits;
-}
-
-bool UsesCudaDenseWide(int format, int64_t k, int64_t pairs, int64_t experts, bool hopper) {
-  return hopper && (format == kF16 || format == kBF16) && k > 0 && k % 8 == 0 && pairs > 6 * experts;
-}
-
 CudaTileShape ShapeOfCudaTile(CudaTile tile, bool packed, Variant variant) {
   if (!packed) return {16, tile == CudaTile::kVector || tile == CudaTile::kNarrow ? 8 : 64};
   if (variant == Variant::kScalarGguf) return {16, 8};

@@ -21,10 +21,6 @@ CudaTile FitCudaTile(CudaTile tile, int format, int64_t shared_limit);
 enum class CudaTiledTile : int { kNarrow = 0, k32 = 1, k64 = 2, k128 = 3 };
 CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, bool hopper);
 
-// log2 of the warps, at most 4, that share an item of the narrow kernel for tiled weights: enough that
-// few items occupy the device's `places` for warps.
-int ChooseCudaTiledLogSplits(int64_t items, int64_t places, int64_t k);
-
 // Weight rows of a thread block and tokens of a tile.
 struct CudaTileShape {
   int rows, tokens;
