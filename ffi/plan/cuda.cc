@@ -93,6 +93,10 @@ CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, bool hopper) {
   return mean <= 24 ? CudaTiledTile::k32 : mean <= 48 ? CudaTiledTile::k64 : CudaTiledTile::k128;
 }
 
+bool UsesCudaDenseWide(int format, int64_t k, int64_t pairs, int64_t experts, bool hopper) {
+  return hopper && (format == kF16 || format == kBF16) && k > 0 && k % 8 == 0 && pairs > 6 * experts;
+}
+
 CudaTileShape ShapeOfCudaTile(CudaTile tile, bool packed, Variant variant) {
   if (!packed) return {16, tile == CudaTile::kVector || tile == CudaTile::kNarrow ? 8 : 64};
   if (variant == Variant::kScalarGguf) return {16, 8};
