@@ -70,9 +70,8 @@ def outcome(call, names: tuple[str, ...]):
     return result
 
 
-def agrees(result, expected, x, variant):
-    bound = 3e-2 if variant is MoEVariant.SCALAR_GGUF else 2 * oracle.bound(x.dtype, result.dtype)
-    assert oracle.relative_error(result, expected) <= bound
+def bound(result, x, variant) -> float:
+    return 3e-2 if variant is MoEVariant.SCALAR_GGUF else 2 * oracle.bound(x.dtype, result.dtype)
 
 
 @relaxed
@@ -101,7 +100,14 @@ def test_moe_gemm(data):
             ("x", "weight", "sorted_token_ids", "flat_expert_ids", "top_k", "topk_weights"),
         )
         if y is not None:
-            agrees(y, oracle.gemm(x, exact, *ids, given_k, weights), x, variant)
+            expected = oracle.gemm(x, exact, *ids, given_k, weights)
+            # A few sums may cancel nearly altogether: then the error is one of their terms.
+            weights_size = None if weights is None else np.abs(weights)
+            terms = oracle.gemm(np.abs(x), np.abs(exact), *ids, given_k, weights_size)
+            error = np.linalg.norm(np.asarray(y, np.float64) - expected)
+            scale = max(np.linalg.norm(expected), 0.1 * np.linalg.norm(terms))
+            assert y.shape == expected.shape
+            assert error <= bound(y, x, variant) * scale
 
 
 @relaxed
@@ -121,7 +127,8 @@ def test_moe_ffn(data):
         ("x", "routing", "experts", "activation", "variant"),
     )
     if y is not None:
-        agrees(y, oracle.ffn(x, *routing, gate=g, up=u, down=d, act=act), x, variant)
+        expected = oracle.ffn(x, *routing, gate=g, up=u, down=d, act=act)
+        assert oracle.relative_error(y, expected) <= bound(y, x, variant)
 
 
 @relaxed
@@ -149,6 +156,7 @@ def test_route(data):
     )
     assert (ours is None) == (reference is None)
     if ours is not None:
-        assert ours.expert_ids.shape == ours.weights.shape == (tokens, options["top_k"])
+        shape_of_result = (logits.shape[0], options["top_k"])
+        assert ours.expert_ids.shape == ours.weights.shape == shape_of_result
         np.testing.assert_array_equal(ours.expert_ids, reference.expert_ids)
         np.testing.assert_allclose(ours.weights, reference.weights, rtol=1e-5, atol=1e-6)
