@@ -68,13 +68,6 @@ Kernel FindKernel(Layout layout) {
                                    : Describe<__nv_bfloat16, 2>();
 }
 
-int Multiprocessors() {
-  int device = 0, number = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  cudaDeviceGetAttribute(&number, cudaDevAttrMultiProcessorCount, device);
-  return std::max(number, 1);
-}
-
 // Whether two neighbours from an even row on can be stored at once.
 bool StoresTwo(const DenseWideArgs& args) {
   const int bytes = args.y_type == Element::kF32 ? 8 : 4;

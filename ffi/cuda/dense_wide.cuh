@@ -105,14 +105,7 @@ class DenseWideBlock {
   }
 
  private:
-  // A place in the ring.
-  struct Position {
-    int stage = 0;
-    uint32_t parity = 0;
-    __device__ __forceinline__ void Next() {
-      if (++stage == Shape::kStages) stage = 0, parity ^= 1;
-    }
-  };
+  using Position = RingPosition<Shape::kStages>;
   struct Item {
     int64_t tile;
     int band;
@@ -392,25 +385,6 @@ class DenseWideBlock {
     });
   }
 
-  // What gate and up of a row become before the activation: factor * sum + bias.
-  struct RowFinish {
-    float factor[2], bias[2];
-    __device__ __forceinline__ RowFinish(const DenseWideArgs& args, int expert, int row) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const Projection& p = args.projection[i];
-        factor[i] = p.scale == nullptr ? 1.0f : p.scale[expert];
-        bias[i] = p.bias == nullptr ? 0.0f : p.bias[expert * p.bias_pitch + row];
-      }
-    }
-    template <Activation kActivation>
-    __device__ __forceinline__ float Activate(const DenseWideArgs& args, float gate,
-                                              float up) const {
-      return FastActivate<kActivation>(fmaf(gate, factor[0], bias[0]), fmaf(up, factor[1], bias[1]),
-                                       args.limit, args.beta, args.linear_beta);
-    }
-  };
-
   // Columns of h past the end are zeros: the next product reads whole chunks.
   __device__ __forceinline__ void StoreActivated(const Info& info, int pass, int count,
                                                  int tile) const {
@@ -424,8 +398,8 @@ class DenseWideBlock {
       ForTokens(info, pass, count, [&](int token, int pair, float factor) {
         const float2 gate = Sums(0, token), up = Sums(tile, token);
         float2 h = {
-            first.template Activate<kActivation>(args_, gate.x * factor, up.x * factor),
-            second.template Activate<kActivation>(args_, gate.y * factor, up.y * factor)};
+            first.Activate<kActivation>(args_, gate.x * factor, up.x * factor),
+            second.Activate<kActivation>(args_, gate.y * factor, up.y * factor)};
         if (!args_.h_pair) return StoreRows<Element::kF32>(pair, row, h.x, h.y);
         if (row >= rows) h.x = 0;
         if (row + 1 >= rows) h.y = 0;

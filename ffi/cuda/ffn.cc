@@ -106,23 +106,15 @@ class Products {
                            const PreparedRows& h) {
     const TiledKernel& kernel = ChooseTiledKernel(up, ffn_.TiledTile());
     Lists lists = {};
-    std::optional<SortArgs> sort;
-    cudaError_t status = cudaSuccess;
+    cudaError_t status;
     if (FewPairs(ffn_)) {
       lists.expert_ids = ffn_.expert_ids;
       lists.experts = ffn_.experts;
       lists.max_tiles = ffn_.pairs;
+      status = LaunchPrepare(ffn_.x, ffn_.type, x, stream_);
     } else {
-      if (SortsInOneBlock(ffn_.pairs, ffn_.experts)) {
-        tile_tokens_ = kernel.tile_tokens;
-        sort = ListsOf(ffn_, tile_tokens_);
-      } else {
-        status = UseTiles(kernel.tile_tokens);
-      }
+      status = SortAndPrepare(kernel.tile_tokens, x);
       lists = CurrentLists();
-    }
-    if (status == cudaSuccess) {
-      status = LaunchPrepare(ffn_.x, ffn_.type, x, stream_, sort ? &*sort : nullptr);
     }
     if (status != cudaSuccess) return status;
     TiledArgs args = TiledProduct(up, ViewPrepared(x), ffn_.top_k, lists);
@@ -152,17 +144,7 @@ class Products {
   // The same of dense gate and up, for a down projection of any kind.
   cudaError_t RunDenseActivated(const Weight* gate, const Weight& up, const PreparedRows& x,
                                 const PreparedRows& h) {
-    std::optional<SortArgs> sort;
-    cudaError_t status = cudaSuccess;
-    if (SortsInOneBlock(ffn_.pairs, ffn_.experts)) {
-      tile_tokens_ = kDenseWideTokens;
-      sort = ListsOf(ffn_, tile_tokens_);
-    } else {
-      status = UseTiles(kDenseWideTokens);
-    }
-    if (status == cudaSuccess) {
-      status = LaunchPrepare(ffn_.x, ffn_.type, x, stream_, sort ? &*sort : nullptr);
-    }
+    cudaError_t status = SortAndPrepare(kDenseWideTokens, x);
     if (status != cudaSuccess) return status;
     DenseWideArgs args =
         DenseWideProduct(up, x.layout, ViewPrepared(x), ffn_.top_k, CurrentLists());
@@ -192,6 +174,17 @@ class Products {
   }
 
  private:
+  // The first lists, and x: in one launch where a block can sort.
+  cudaError_t SortAndPrepare(int tile_tokens, const PreparedRows& x) {
+    if (SortsInOneBlock(ffn_.pairs, ffn_.experts)) {
+      tile_tokens_ = tile_tokens;
+      const SortArgs sort = ListsOf(ffn_, tile_tokens);
+      return LaunchPrepare(ffn_.x, ffn_.type, x, stream_, &sort);
+    }
+    const cudaError_t status = UseTiles(tile_tokens);
+    return status == cudaSuccess ? LaunchPrepare(ffn_.x, ffn_.type, x, stream_) : status;
+  }
+
   cudaError_t UseTiles(int tile_tokens) {
     if (tile_tokens == tile_tokens_) return cudaSuccess;
     tile_tokens_ = tile_tokens;
@@ -241,8 +234,7 @@ bool SameKind(const Weight& a, const Weight& b) {
 }
 
 // Whether the launch for gate, up and the activation is that of Hopper's kernel for dense weights.
-bool FusesDense(const Ffn& ffn) {
-  const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
+bool FusesDense(const Ffn& ffn, const Weight& up) {
   return ffn.DenseWide(up) && (!ffn.gate || SameKind(*ffn.gate, up));
 }
 
@@ -274,17 +266,14 @@ cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream) {
   Products products(ffn, stream);
   const PreparedRows h = PrepareFor(ffn, ffn.down, Element::kF32, ffn.pairs, ffn.d_expert,
                                     ffn.memory + ffn.layout.h);
+  const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
+  const PreparedRows x =
+      PrepareFor(ffn, up, ffn.type, ffn.tokens, ffn.d_model, ffn.memory + ffn.layout.x);
   cudaError_t status;
   if (ffn.fuses) {
-    const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
-    const PreparedRows x =
-        PrepareFor(ffn, up, ffn.type, ffn.tokens, ffn.d_model, ffn.memory + ffn.layout.x);
     status = products.RunActivated(gated && !ffn.merged ? &*ffn.gate : nullptr, up, x, h);
     if (status == cudaSuccess && FewPairs(ffn)) return RunDown(ffn, h, stream);
-  } else if (FusesDense(ffn)) {
-    const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
-    const PreparedRows x =
-        PrepareFor(ffn, up, ffn.type, ffn.tokens, ffn.d_model, ffn.memory + ffn.layout.x);
+  } else if (FusesDense(ffn, up)) {
     status = products.RunDenseActivated(ffn.gate ? &*ffn.gate : nullptr, up, x, h);
   } else {
     status = RunGateAndUp(ffn, columns, products, stream);

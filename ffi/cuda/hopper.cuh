@@ -23,6 +23,16 @@ __device__ __forceinline__ void LetNextKernelStart() {
 #endif
 }
 
+// A ring's place and parity after n steps.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void Next() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+};
+
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 __device__ __forceinline__ void InitBarrier(uint64_t* barrier, int arrivals) {

@@ -1,5 +1,7 @@
 #include "ffi/cuda/launch_early.h"
 
+#include <algorithm>
+
 namespace jax_moe::cuda {
 
 bool IsHopper() {
@@ -7,6 +9,13 @@ bool IsHopper() {
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   return major == 9;
+}
+
+int Multiprocessors() {
+  int device = 0, number = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  cudaDeviceGetAttribute(&number, cudaDevAttrMultiProcessorCount, device);
+  return std::max(number, 1);
 }
 
 cudaError_t LaunchEarly(const void* kernel, dim3 grid, int threads, size_t shared_bytes,

@@ -9,6 +9,9 @@ namespace jax_moe::cuda {
 // Whether the current device has compute capability 9.0, for which there are kernels of their own.
 bool IsHopper();
 
+// Of the current device, at least 1.
+int Multiprocessors();
+
 cudaError_t LaunchEarly(const void* kernel, dim3 grid, int threads, size_t shared_bytes,
                         cudaStream_t stream, void** parameters);
 

@@ -1,10 +1,11 @@
-// The activations of the tiled kernels: chosen outside of loops, exponentials of reduced precision (about 2^-20,
+// The activations of the kernels that apply them to their sums: chosen outside of loops, exponentials of reduced precision (about 2^-20,
 // against h in f16).
 #pragma once
 
 #include <type_traits>
 
 #include "ffi/cuda/activation.cuh"
+#include "ffi/cuda/prepare.h"
 
 namespace jax_moe::cuda {
 
@@ -46,5 +47,27 @@ __device__ __forceinline__ void WithActivation(Activation activation, F f) {
 #undef JAX_MOE_ACTIVATION
   }
 }
+
+// What gate and up of an expert's row become before the activation: factor * sum + bias. Args: those of a
+// kernel, with projections and the activation's parameters.
+struct RowFinish {
+  float factor[2], bias[2];
+
+  template <typename Args>
+  __device__ __forceinline__ RowFinish(const Args& args, int expert, int row) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const Projection& p = args.projection[i];
+      factor[i] = p.scale == nullptr ? 1.0f : p.scale[expert];
+      bias[i] = p.bias == nullptr ? 0.0f : p.bias[expert * p.bias_pitch + row];
+    }
+  }
+
+  template <Activation kActivation, typename Args>
+  __device__ __forceinline__ float Activate(const Args& args, float gate, float up) const {
+    return FastActivate<kActivation>(fmaf(gate, factor[0], bias[0]), fmaf(up, factor[1], bias[1]),
+                                     args.limit, args.beta, args.linear_beta);
+  }
+};
 
 }  // namespace jax_moe::cuda

@@ -99,27 +99,4 @@ __device__ __forceinline__ float FinishProjection(const Projection& p, float val
   return value;
 }
 
-// What gate and up of an expert's row become before the activation: factor * sum + bias.
-struct RowFinish {
-  float factor[2], bias[2];
-
-  __device__ __forceinline__ RowFinish(const TiledArgs& args, int expert, int row) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const Projection& p = args.projection[i];
-      factor[i] = p.scale == nullptr ? 1.0f : p.scale[expert];
-      bias[i] = p.bias == nullptr ? 0.0f : p.bias[expert * p.bias_pitch + row];
-    }
-  }
-
-  template <Activation kActivation>
-  __device__ __forceinline__ half Activate(const TiledArgs& args, float gate, float up,
-                                           float h_factor) const {
-    const float h = FastActivate<kActivation>(fmaf(gate, factor[0], bias[0]),
-                                              fmaf(up, factor[1], bias[1]), args.limit, args.beta,
-                                              args.linear_beta);
-    return __float2half_rn(h * h_factor);
-  }
-};
-
 }  // namespace jax_moe::cuda

@@ -13,13 +13,6 @@ cudaError_t Launch(const TiledKernel& kernel, dim3 grid, void** parameters, cuda
   return LaunchEarly(kernel.function, grid, kernel.threads, kernel.shared_bytes, stream, parameters);
 }
 
-int Multiprocessors() {
-  int device = 0, number = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  cudaDeviceGetAttribute(&number, cudaDevAttrMultiProcessorCount, device);
-  return std::max(number, 1);
-}
-
 // One block for every place on the device, but no more than there are items.
 cudaError_t LaunchPersistent(const TiledKernel& kernel, TiledArgs args, cudaStream_t stream) {
   const int64_t items = args.lists.max_tiles * (args.rows / kernel.block_rows);

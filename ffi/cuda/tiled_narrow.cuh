@@ -264,8 +264,9 @@ class NarrowWarp {
     WithActivation(args_.activation, [&](auto activation) {
       ForEachToken(share, factor, h_factor,
                    [&](int pair, float first, float second, float pair_h_factor) {
-                     y[pair * args_.y_pitch] = finish.Activate<decltype(activation)::value>(
-                         args_, first, matrices_ == 2 ? second : first, pair_h_factor);
+                     const float h = finish.Activate<decltype(activation)::value>(
+                         args_, first, matrices_ == 2 ? second : first);
+                     y[pair * args_.y_pitch] = __float2half_rn(h * pair_h_factor);
                    });
     });
   }

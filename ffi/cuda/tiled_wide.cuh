@@ -62,16 +62,6 @@ __device__ __forceinline__ void NamedBarrier() {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
-// A ring's place and parity after n steps.
-template <int kStages>
-struct RingPosition {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void Next() {
-    if (++stage == kStages) stage = 0, parity ^= 1;
-  }
-};
-
 template <typename Format, int kTokens>
 class TiledWideBlock {
  public:
@@ -366,10 +356,11 @@ class TiledWideBlock {
         const float2 gate = *reinterpret_cast<const float2*>(&staged.sum[0][token][n]);
         const float2 up = *reinterpret_cast<const float2*>(&staged.sum[tile][token][n]);
         half2 h;
-        h.x = first.Activate<decltype(activation)::value>(args_, gate.x * gate_scale.x * factor,
-                                           up.x * up_scale.x * factor, h_factor);
-        h.y = second.Activate<decltype(activation)::value>(args_, gate.y * gate_scale.y * factor,
-                                            up.y * up_scale.y * factor, h_factor);
+        constexpr Activation kActivation = decltype(activation)::value;
+        h.x = __float2half_rn(h_factor * first.Activate<kActivation>(args_, gate.x * gate_scale.x * factor,
+                                                                     up.x * up_scale.x * factor));
+        h.y = __float2half_rn(h_factor * second.Activate<kActivation>(args_, gate.y * gate_scale.y * factor,
+                                                                      up.y * up_scale.y * factor));
         *reinterpret_cast<half2*>(y + m_.pair[token] * args_.y_pitch) = present ? h : half2{};
       }
     });
