@@ -229,7 +229,7 @@ FfnOperands ReadFfn(Checker& check, const ffi::RemainingArgs& arguments,
   call.weights_before = parts.Attribute<int32_t>("weights_before") != 0;
   check.Require(activation >= 0 && activation <= static_cast<int>(Activation::kRelu2),
                 "unknown activation " + std::to_string(activation));
-  const bool gated = activation < static_cast<int>(Activation::kSilu);
+  const bool gated = IsGated(static_cast<Activation>(activation));
   call.merged = gated && parts.Attribute<int32_t>("merged") != 0;
   check.Require(gated == (gate_format >= 0), "gate must be given for a gated activation only");
   check.Require(call.merged == (up_format < 0), "up must be given unless gate is merged");

@@ -41,7 +41,7 @@ enum class Gating : int { kSoftmax = 0, kSigmoid = 1, kSoftmaxAfterTopk = 2, kSq
 
 enum class Variant : int { kDefault = 0, kScalarGguf = 1, kWmma = 2, kWmmaGguf = 3 };
 
-// Gated ones combine gate g and up u; those from kSilu on see u alone.
+// Those before kSilu are gated: they combine gate g and up u. The others see u alone.
 enum class Activation : int {
   kSwiglu = 0,            // silu(g) * u
   kSwigluClamp = 1,       // silu(min(g, L)) * clamp(u, -L, L)
@@ -54,6 +54,8 @@ enum class Activation : int {
   kGelu = 8,
   kRelu2 = 9,             // relu(u)^2
 };
+
+inline constexpr bool IsGated(Activation activation) { return activation < Activation::kSilu; }
 
 // Calls X(NAME) for every activation.
 #define JAX_MOE_ACTIVATIONS(X)                                                      \

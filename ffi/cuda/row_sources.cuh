@@ -47,7 +47,7 @@ struct Dense {
 
 template <Activation kActivation>
 struct Activated {
-  static constexpr bool kGated = kActivation < Activation::kSilu;
+  static constexpr bool kGated = IsGated(kActivation);
   ActivateArgs args;
 
   __device__ bool Has(int64_t row) const {

@@ -179,11 +179,21 @@ __device__ __forceinline__ uint32_t ThreeBytes(const uint32_t* words, int t) {
 // d, dmin, and 6 bits of scale and minimum a unit.
 template <int kCentreValue>
 struct SixBitScaled {
-  static constexpr int kChunks = 2, kScaleWords = 4, kCentre = kCentreValue;
+  static constexpr int kChunks = 2, kScaleWords = 3, kCentre = kCentreValue;
   using Place = TiledPlace<kChunks>;
+  // Where the unit's 12 bits begin in the three words that follow d and dmin.
+  static __device__ __forceinline__ int BeginOf(const Place& at) { return 24 * at.unit + 12 * at.chunk; }
+  // row: the plane's 16 bytes.
+  static __device__ __forceinline__ void LoadScale(const uint8_t* row, const Place& at, uint32_t* s) {
+    const auto* words = reinterpret_cast<const uint32_t*>(row);
+    const int first = 1 + BeginOf(at) / 32;
+    s[0] = words[0];
+    s[1] = words[first];
+    s[2] = words[min(first + 1, 3)];
+  }
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
     const float2 d = __half22float2(Halves(s[0]));
-    const uint32_t bits = ThreeBytes(s + 1, at.unit) >> 12 * at.chunk;
+    const uint32_t bits = __funnelshift_r(s[1], s[2], BeginOf(at));
     return {d.x * SmallFloat(bits & 63), -(d.y * SmallFloat(bits >> 6 & 63))};
   }
 };
@@ -192,7 +202,7 @@ template <>
 struct TiledUnit<Q4_K> : SixBitScaled<8> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
-    LoadWords<4>(atom + at.Row(16, 0, 16), s);
+    LoadScale(atom + at.Row(16, 0, 16), at, s);
   }
 };
 
@@ -201,7 +211,7 @@ struct TiledUnit<Q5_K> : SixBitScaled<16> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<1>(atom + at.Unit(16, 4), q + 4);
-    LoadWords<4>(atom + at.Row(20, 0, 16), s);
+    LoadScale(atom + at.Row(20, 0, 16), at, s);
   }
 };
 
