@@ -22,14 +22,15 @@ TiledKernel DescribeTiledWide() {
 
 template <typename Format>
 const TiledKernels& Tiled() {
-  using Narrow = TiledNarrowShape<Format>;
+  using Block = TiledBlock<Format>;
+  using Narrow = TiledNarrowShape<Block>;
   static const TiledKernels kernels = {
-      {reinterpret_cast<const void*>(&TiledNarrow<Format>), 32 * Narrow::kWarps, Narrow::kTokens,
+      {reinterpret_cast<const void*>(&TiledNarrow<Block>), 32 * Narrow::kWarps, Narrow::kTokens,
        Narrow::kRows, sizeof(typename Narrow::Memory), /*pads_rows=*/false, Narrow::kBlocks},
-      {DescribeTiledWide<Format, 32>(), DescribeTiledWide<Format, 64>(),
-       DescribeTiledWide<Format, 128>()},
-      {reinterpret_cast<const void*>(&TiledDown<Format>), 32 * TiledDownShape<Format>::kWarps, Narrow::kTokens,
-       Narrow::kRows, sizeof(typename TiledDownShape<Format>::Memory), /*pads_rows=*/false,
+      {DescribeTiledWide<Block, 32>(), DescribeTiledWide<Block, 64>(),
+       DescribeTiledWide<Block, 128>()},
+      {reinterpret_cast<const void*>(&TiledDown<Block>), 32 * TiledDownShape<Block>::kWarps, Narrow::kTokens,
+       Narrow::kRows, sizeof(typename TiledDownShape<Block>::Memory), /*pads_rows=*/false,
        /*blocks=*/0}};
   return kernels;
 }
