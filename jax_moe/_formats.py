@@ -35,8 +35,8 @@ class BlockFormat:
         return k // self.block_size * self.block_bytes
 
 
-# name, ggml_type, block_size, block_bytes, tiled_bytes if they differ. Sizes are stated here rather than asked of gguf because
-# a gguf release knows only the formats of its day.
+# name, ggml_type, block_size, block_bytes, and tiled_bytes if they differ. Sizes are stated here
+# rather than asked of gguf because a gguf release knows only the formats of its day.
 FORMATS: MappingProxyType[str, BlockFormat] = MappingProxyType(
     {
         row[0]: BlockFormat(*row)

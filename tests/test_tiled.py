@@ -30,7 +30,9 @@ def random_bytes(name, *shape, seed=0):
 
 
 def widths(name):
-    return [k for k in (32, 64, 96, 128, 160, 256, 640, 704, 768) if k % FORMATS[name].block_size == 0]
+    return [
+        k for k in (32, 64, 96, 128, 160, 256, 640, 704, 768) if k % FORMATS[name].block_size == 0
+    ]
 
 
 def experts(seed=0, gate="Q4_0", up="IQ4_NL", down="Q8_0"):

@@ -5,12 +5,10 @@ import functools
 import gguf
 import numpy as np
 
-# The same bits in another order; and those for which code words are spelled out.
-PERMUTED = (
-    "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4 "
-    "TQ2_0 Q1_0 Q2_0".split()  # noqa: SIM905
-)
-EXPANDED = "IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S TQ1_0".split()  # noqa: SIM905
+# Those with a code for each weight in place of code words; the same bits in another order.
+EXPANDED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0")
+PERMUTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+PERMUTED += ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "TQ2_0", "Q1_0", "Q2_0")
 FORMATS = PERMUTED + EXPANDED
 NATURAL = ("IQ4_NL", "IQ4_XS")
 OCTAL = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
@@ -109,17 +107,14 @@ def unit_words(word):
 
 def code_words_of(name, b):
     """Of an IQ1, IQ2 or IQ3 format: indices, signs [..., 256], and scales [..., 8 or 16]."""
-    none = None
     match name:
         case "IQ1_S":
             high = words(b[..., 34:], "<u2")
             index = b[..., 2:34] | bits(high, 3, 4).astype(np.uint16) << 8
-            return index, none, high >> 12 & 7
+            return index, None, high >> 12 & 7
         case "IQ1_M":
-            index = b[..., :32] | (np.stack(nibble_pair(b[..., 32:48]), -1) & 7).reshape(
-                *b.shape[:-1], 32
-            ).astype(np.uint16) << 8
-            return index, none, bits(words(b[..., 48:], "<u2"), 3, 4)
+            index = b[..., :32] | (in_order(b[..., 32:48]) & 7).astype(np.uint16) << 8
+            return index, None, bits(words(b[..., 48:], "<u2"), 3, 4)
         case "IQ2_XXS":
             pair = words(b[..., 2:], "<u4").reshape(*b.shape[:-1], 8, 2)
             signs, scales = unit_words(pair[..., 1])
@@ -145,13 +140,9 @@ def bits(word, width, count):
     return fields.reshape(*word.shape[:-1], -1)
 
 
-def nibble_pair(b):
-    return b & 15, b >> 4
-
-
 def in_order(b):
     """Nibbles, those of a byte side by side."""
-    return np.stack(nibble_pair(b), axis=-1).reshape(*b.shape[:-1], -1)
+    return np.stack([b & 15, b >> 4], axis=-1).reshape(*b.shape[:-1], -1)
 
 
 def iq1_m_d(b):
