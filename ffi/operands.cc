@@ -77,7 +77,7 @@ Weight ReadWeight(Checker& check, const char* name, const ffi::AnyBuffer& buffer
     return weight;
   }
   weight.packed = elements > 1;
-  if (weight.packed && weight.tiled) bytes = LayoutBytesOf(weight.format).tiled;
+  if (weight.packed && weight.tiled) bytes = BlockBytesOf(weight.format).tiled;
   weight.experts = buffer.dimensions()[0];
   weight.rows = buffer.dimensions()[1];
   const int64_t last = buffer.dimensions()[2];

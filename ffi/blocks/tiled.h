@@ -730,11 +730,11 @@ JM_HD float NormBound(float largest_norm) {
 }  // namespace tiled
 
 // Bytes of a block of a ggml_type in both layouts; zeros where there is no such format.
-struct LayoutBytes {
+struct BlockBytes {
   int64_t gguf, tiled;
 };
-inline LayoutBytes LayoutBytesOf(int format) {
-  LayoutBytes bytes = {};
+inline BlockBytes BlockBytesOf(int format) {
+  BlockBytes bytes = {};
   VisitFormat(format, [&](auto decoder) {
     using F = decltype(decoder);
     bytes = {F::kBytes, tiled::Sizes<F>::kBytes};

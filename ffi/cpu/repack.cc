@@ -115,7 +115,7 @@ void BoundNorms(int64_t rows, float* aux) {
 }
 
 bool IsLarge(int format, const RepackShape& shape) {
-  return shape.experts * shape.rows * shape.blocks * LayoutBytesOf(format).gguf >= 1 << 16;
+  return shape.experts * shape.rows * shape.blocks * BlockBytesOf(format).gguf >= 1 << 16;
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace {
 RepackShape RequireOperands(Checker& check, const ffi::AnyBuffer& data,
                             const ffi::AnyBuffer& tiled, int format) {
   RepackShape shape = {};
-  const LayoutBytes bytes = LayoutBytesOf(format);
+  const BlockBytes bytes = BlockBytesOf(format);
   if (!check.Require(bytes.gguf > 0, "unknown format " + std::to_string(format)) ||
       !check.Require(data.element_type() == ffi::DataType::U8 && data.dimensions().size() == 3,
                      "data has shape " + ShapeText(data) + ", expected uint8 of rank 3")) {

@@ -17,13 +17,13 @@ using Aux = ffi::BufferR3<ffi::F32>;
 // Of data in GGUF's layout.
 RepackShape ShapeOf(const Weights& data, int format) {
   const auto dims = data.dimensions();
-  return {dims[0], dims[1], dims[2] / LayoutBytesOf(format).gguf};
+  return {dims[0], dims[1], dims[2] / BlockBytesOf(format).gguf};
 }
 
 // What is wrong with a call, none if nothing.
 std::optional<ffi::Error> Complaint(const std::string& op, const Weights& data,
                                     const Weights& tiled, int format) {
-  const LayoutBytes bytes = LayoutBytesOf(format);
+  const BlockBytes bytes = BlockBytesOf(format);
   if (bytes.gguf == 0) return Invalid(op, "unknown format " + std::to_string(format));
   const RepackShape shape = ShapeOf(data, format);
   if (shape.rows % kBandRows != 0 || data.dimensions()[2] % bytes.gguf != 0) {

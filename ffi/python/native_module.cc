@@ -112,7 +112,7 @@ NB_MODULE(_native, m) {
   m.def("build_info", &BuildInfo);
   m.def("cpu_handlers", &CpuHandlers);
   m.def("dequantize", &DequantizeRows, "type"_a, "data"_a);
-  m.def("tiled_block_bytes", [](int type) { return LayoutBytesOf(type).tiled; }, "type"_a);
+  m.def("tiled_block_bytes", [](int type) { return BlockBytesOf(type).tiled; }, "type"_a);
 
   nb::class_<plan::GemmProblem>(m, "GemmProblem")
       .def(
