@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <random>
+#include <type_traits>
 #include <utility>
 
 #include "ffi/blocks/tiled.h"
@@ -20,6 +21,13 @@ double HalfValue(uint32_t bits) {
   return bits >> 15 ? -magnitude : magnitude;
 }
 
+// Less the plus or minus one that is no part of a field: IQ3_S has even ones, IQ1 multiples of 8.
+template <typename Format>
+int WithoutShift(int field) {
+  if (FieldsOf<Format>::kShifts == 0) return field;
+  return std::is_same<Format, IQ3_S>::value ? field - 1 : (field + 4) & ~7;
+}
+
 template <typename Format, int i>
 bool PairMatches(const uint32_t* words, const uint32_t (&q)[8]) {
   using Fields = FieldsOf<Format>;
@@ -27,8 +35,8 @@ bool PairMatches(const uint32_t* words, const uint32_t (&q)[8]) {
   const int exponent = Fields::kExponent + Fields::kShift * Fields::template kPosition<i>;
   for (int half = 0; half < 2; ++half) {
     const int weight = 2 * i + half;
-    int expected = static_cast<int8_t>(q[weight / 4] >> 8 * (weight % 4)) + Fields::kBias;
-    if (Fields::kShifts > 0) expected = (expected + 4) & ~7;
+    const int value = static_cast<int8_t>(q[weight / 4] >> 8 * (weight % 4));
+    const int expected = WithoutShift<Format>(value + Fields::kBias);
     // Equal as a whole: no bit of another field is left beside it.
     if (HalfValue(pair >> 16 * half & 0xffff) != std::ldexp(expected, exponent)) return false;
   }

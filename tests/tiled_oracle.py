@@ -254,16 +254,17 @@ def e2m1_words(pair):
 
 
 def octal_words(name, q):
-    """Three bits of 24 codes in nibbles, of the other eight on top of these; fourth bits apart."""
-    low = (q[..., :24] & 7).reshape(*q.shape[:-1], 3, 8)
-    top = q[..., None, 24:] >> np.arange(3, dtype=np.uint32)[:, None] & 1
+    """Codes of three bits in nibbles: 24 of them, and the other eight on top of these; or all 32,
+    and on top fourth bits, those of a word's first pair in its halves' last nibbles."""
+    if name == "IQ3_XXS":
+        low = (q & 7).reshape(*q.shape[:-1], 4, 8)
+        pair = (q >> 3).reshape(*q.shape[:-1], 4, 4, 2)
+        top = np.swapaxes(pair[..., ::-1, :], -1, -2).reshape(low.shape)
+    else:
+        low = q[..., :24].reshape(*q.shape[:-1], 3, 8)
+        top = q[..., None, 24:] >> np.arange(3, dtype=np.uint32)[:, None] & 1
     nibble = low | top << 3
-    words = (nibble << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32)
-    if name != "IQ3_XXS":
-        return words
-    sign = (q >> 3).reshape(*q.shape[:-1], 16, 2) << np.array([0, 16], np.uint32)
-    sign = (sign << np.arange(15, -1, -1, dtype=np.uint32)[:, None]).sum((-1, -2), dtype=np.uint32)
-    return np.concatenate([words, sign[..., None]], axis=-1)
+    return (nibble << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32)
 
 
 def code_words(name, q):

@@ -82,9 +82,9 @@ struct CodeBit {
 // value v; so is the second once three of its bits are shifted by 3 and its sign by 7, in both
 // bytes at once.
 //
-// kOctal: three bits of weights 0..23 in nibbles, one after another in three words; the three bits
-// of weight 24 + i on top of the i-th nibbles of the words. A fourth bit is in a word of its own:
-// that of pair i at bit 15 - i of the halves.
+// kOctal: the low three bits weight after weight in nibbles. Of three bits, those of weight 24 + i
+// are on top of the i-th nibbles of the three words. Of four, the fourth ones are on top of their
+// word's nibbles, those of its pair i at bit 15 - 4 i of the halves.
 enum class Order { kNatural, kPairs, kE2M1, kOctal };
 
 // What bit `position` of word `word` of a unit's codes holds.
@@ -101,9 +101,9 @@ JM_HD constexpr CodeBit Packing(int bits, Order order, int word, int position) {
     return {2 * pair + half, code_bit};
   }
   if (order == Order::kOctal) {
-    if (word == 3) return {2 * (15 - bit) + half, 3};
     const int nibble = position / 4, b = position % 4;
-    return b < 3 ? CodeBit{8 * word + nibble, b} : CodeBit{24 + nibble, word};
+    if (b < 3) return {8 * word + nibble, b};
+    return bits == 3 ? CodeBit{24 + nibble, word} : CodeBit{8 * word + 2 * (3 - bit / 4) + half, 3};
   }
   if (bits == 6) {
     // Words A, B, C of 16 weights, two pairs each; pairs 6 and 7 lie in what is left: the low four

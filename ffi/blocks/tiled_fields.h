@@ -186,22 +186,23 @@ struct FieldsIq1 {
   }
 };
 
-// Nibbles c, read as 2 c + 1.
-struct FieldsOdd4 : IntegerFields {
+// Nibbles c of odd numbers 2 c - 15, read as 2 c: one more is the shift.
+struct FieldsIq3S {
   static constexpr int kWords = 4, kPositions = 2, kShift = 4;
+  static constexpr int kExponent = -24, kBias = 16, kShifts = 1;
   template <int i>
   static constexpr int kPosition = i % 2;
   template <int i>
   static JM_HD uint32_t Pair(const uint32_t* q) {
     const uint32_t w = i % 4 < 2 ? q[i / 4] << 1 : q[i / 4] >> 7;
-    return i % 2 == 0 ? (w & 0x001e001eu) | 0x00010001u : (w & 0x01e001e0u) | 0x00100010u;
+    return w & (i % 2 == 0 ? 0x001e001eu : 0x01e001e0u);
   }
 };
 
 // Order::kOctal: three bits that index the eight bytes of kLow and kHigh.
-template <uint32_t kLow, uint32_t kHigh>
+template <int kBits, uint32_t kLow, uint32_t kHigh>
 struct OctalFields : IntegerFields {
-  static constexpr int kPositions = 1, kShift = 0;
+  static constexpr int kWords = kBits, kPositions = 1, kShift = 0;
   template <int i>
   static constexpr int kPosition = 0;
   // Those of pair i.
@@ -217,7 +218,7 @@ struct OctalFields : IntegerFields {
   // Nibbles of weights 8 n .. 8 n + 7.
   template <int n>
   static JM_HD uint32_t Eight(const uint32_t* q) {
-    if constexpr (n < 3) {
+    if constexpr (n < kBits) {
       return q[n] & 0x77777777u;
     } else {
       return (q[0] >> 3 & 0x11111111u) | (q[1] >> 2 & 0x22222222u) | (q[2] >> 1 & 0x44444444u);
@@ -226,20 +227,20 @@ struct OctalFields : IntegerFields {
 };
 
 // 8, 25, 43 and, from index 4 on, their negatives, read as value + 64.
-struct FieldsIq2 : OctalFields<0x406b5948u, 0x40152738u> {
-  static constexpr int kWords = 3, kBias = 64;
+struct FieldsIq2 : OctalFields<3, 0x406b5948u, 0x40152738u> {
+  static constexpr int kBias = 64;
   template <int i>
   static JM_HD uint32_t Pair(const uint32_t* q) {
     return Bytes<i>(q);
   }
 };
 
-// Magnitudes, and signs from a word of their own.
-struct FieldsIq3 : OctalFields<0x1c140c04u, 0x3e342c24u> {
-  static constexpr int kWords = 4, kBias = 0;
+// Magnitudes, and signs from their fourth bits.
+struct FieldsIq3 : OctalFields<4, 0x1c140c04u, 0x3e342c24u> {
+  static constexpr int kBias = 0;
   template <int i>
   static JM_HD uint32_t Pair(const uint32_t* q) {
-    return Bytes<i>(q) | (q[3] << i & 0x80008000u);
+    return Bytes<i>(q) | (q[i / 4] << 4 * (i % 4) & 0x80008000u);
   }
 };
 
@@ -272,9 +273,7 @@ struct FieldsOf<IQ2_S> : FieldsIq2 {};
 template <>
 struct FieldsOf<IQ3_XXS> : FieldsIq3 {};
 template <>
-struct FieldsOf<IQ3_S> : FieldsOdd4 {
-  static constexpr int kBias = 16;
-};
+struct FieldsOf<IQ3_S> : FieldsIq3S {};
 template <>
 struct FieldsOf<Q4_0> : Fields4 {
   static constexpr int kBias = 8;

@@ -404,13 +404,16 @@ struct TiledUnit<IQ3_XXS> : FourBitScaled<16> {
 
 template <>
 struct TiledUnit<IQ3_S> : FourBitScaled<16> {
-  static constexpr int kCentre = 0;
+  static constexpr int kCentre = 16;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadScales(atom, at, s);
   }
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
     return {HalfBits(s[1]) * SmallFloat(2 * FourBits(s, at) + 1), 0.0f};
+  }
+  static __device__ __forceinline__ bool IsNegative(const uint32_t*, const Place&, int) {
+    return false;
   }
 };
 #undef JM_LOAD
