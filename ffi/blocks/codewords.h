@@ -1,6 +1,6 @@
 // From the magnitudes of an IQ format's code word back to its index (codebooks.h).
 //
-// Magnitudes come as the codes that the tiled layout has for them (tiled.h): the low bits of a byte.
+// Magnitudes come as the codes that the tiled layout has for them (tiled.h), a byte each.
 #pragma once
 
 #include "ffi/blocks/codebooks.h"

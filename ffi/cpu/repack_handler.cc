@@ -23,8 +23,8 @@ RepackShape RequireOperands(Checker& check, const ffi::AnyBuffer& data,
                 "data has " + std::to_string(shape.rows) + " rows, expected a multiple of " +
                     std::to_string(kBandRows));
   check.Require(row_bytes % bytes.gguf == 0,
-                "data has rows of " + std::to_string(row_bytes) + " bytes, expected a multiple of " +
-                    std::to_string(bytes.gguf));
+                "data has rows of " + std::to_string(row_bytes) +
+                    " bytes, expected a multiple of " + std::to_string(bytes.gguf));
   check.RequireShape("tiled", tiled, ffi::DataType::U8,
                      {shape.experts, shape.rows, shape.blocks * bytes.tiled});
   return shape;

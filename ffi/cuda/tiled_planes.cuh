@@ -308,7 +308,8 @@ template <int kBefore>
 struct FourBitScaled {
   static constexpr int kChunks = 2, kScaleWords = 2;
   using Place = TiledPlace<kChunks>;
-  static __device__ __forceinline__ void LoadScales(const uint8_t* atom, const Place& at, uint32_t* s) {
+  static __device__ __forceinline__ void LoadScales(const uint8_t* atom, const Place& at,
+                                                    uint32_t* s) {
     LoadWords<1>(atom + at.Row(kBefore, 0, 4), s);
     s[1] = LoadHalf(atom + at.Row(kBefore, 4, 2));
   }
