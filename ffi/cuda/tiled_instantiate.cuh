@@ -20,17 +20,17 @@ TiledKernel DescribeTiledWide() {
           /*blocks=*/0};
 }
 
-template <typename Format>
+template <typename GgufFormat>
 const TiledKernels& Tiled() {
-  using Block = TiledBlock<Format>;
-  using Narrow = TiledNarrowShape<Block>;
+  using Format = TiledBlock<GgufFormat>;
+  using Narrow = TiledNarrowShape<Format>;
   static const TiledKernels kernels = {
-      {reinterpret_cast<const void*>(&TiledNarrow<Block>), 32 * Narrow::kWarps, Narrow::kTokens,
+      {reinterpret_cast<const void*>(&TiledNarrow<Format>), 32 * Narrow::kWarps, Narrow::kTokens,
        Narrow::kRows, sizeof(typename Narrow::Memory), /*pads_rows=*/false, Narrow::kBlocks},
-      {DescribeTiledWide<Block, 32>(), DescribeTiledWide<Block, 64>(),
-       DescribeTiledWide<Block, 128>()},
-      {reinterpret_cast<const void*>(&TiledDown<Block>), 32 * TiledDownShape<Block>::kWarps, Narrow::kTokens,
-       Narrow::kRows, sizeof(typename TiledDownShape<Block>::Memory), /*pads_rows=*/false,
+      {DescribeTiledWide<Format, 32>(), DescribeTiledWide<Format, 64>(),
+       DescribeTiledWide<Format, 128>()},
+      {reinterpret_cast<const void*>(&TiledDown<Format>), 32 * TiledDownShape<Format>::kWarps, Narrow::kTokens,
+       Narrow::kRows, sizeof(typename TiledDownShape<Format>::Memory), /*pads_rows=*/false,
        /*blocks=*/0}};
   return kernels;
 }
