@@ -1,6 +1,7 @@
 """The time of one moe_ffn, in a jitted chain of layers with different weights and routings."""
 
 import functools
+import math
 
 import clock
 import jax
@@ -28,17 +29,24 @@ def make_layers(model: Model, formats, tokens: int, dtype: str, variant) -> list
             jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.float32)
         )
         kernel = jax_moe.select_kernel("moe_ffn", x, routing, first, variant=variant)
-        # Besides layers: scratch, a few activations, and one weight twice while it is repacked.
-        rest = 1.2 * kernel.workspace_bytes + 16 * tokens * model.d_model + size / 3
+        # Besides layers: scratch, a few activations, and one weight twice while it is repacked,
+        # which may double it.
+        rest = 1.2 * kernel.workspace_bytes + 16 * tokens * model.d_model + size
         free = stats["bytes_limit"] - stats["bytes_in_use"] - rest
-        count = max(1, min(count, 1 + int(free // size)))
+        count = max(1, min(count, 1 + int(free // (2 * size))))
     return [first] + [random_weights.experts(i, formats, model) for i in range(1, count)]
 
 
 def weight_bytes(layer: jax_moe.Experts) -> int:
-    """Bytes of a layer's weights, without what a layout adds."""
-    weights = (getattr(weight, "data", weight) for weight in (layer.gate, layer.up, layer.down))
-    return sum(weight.nbytes for weight in weights)
+    """Bytes of a layer's weights in the file, whatever their layout."""
+    return sum(file_bytes(weight) for weight in (layer.gate, layer.up, layer.down))
+
+
+def file_bytes(weight) -> int:
+    if not isinstance(weight, jax_moe.PackedExperts):
+        return weight.nbytes
+    *leading, columns = weight.shape
+    return math.prod(leading) * weight.format.row_bytes(columns)
 
 
 def prepack(layers: list[jax_moe.Experts]) -> list[jax_moe.Experts] | None:

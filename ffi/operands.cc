@@ -77,6 +77,7 @@ Weight ReadWeight(Checker& check, const char* name, const ffi::AnyBuffer& buffer
     return weight;
   }
   weight.packed = elements > 1;
+  if (weight.packed && weight.tiled) bytes = BlockBytesOf(weight.format).tiled;
   weight.experts = buffer.dimensions()[0];
   weight.rows = buffer.dimensions()[1];
   const int64_t last = buffer.dimensions()[2];
@@ -88,7 +89,7 @@ Weight ReadWeight(Checker& check, const char* name, const ffi::AnyBuffer& buffer
                     " bytes, expected a multiple of " + std::to_string(bytes));
   const std::string aux_name = std::string(name) + "_aux";
   if (weight.tiled) {
-    check.Require(VisitTiledFormat(weight.format, [](auto) {}) && weight.rows % kBandRows == 0,
+    check.Require(weight.packed && weight.rows % kBandRows == 0,
                   std::string(name) + " cannot be tiled: ggml_type " +
                       std::to_string(weight.format) + ", " + ShapeText(buffer));
     check.RequireShape(aux_name.c_str(), aux, ffi::DataType::F32,

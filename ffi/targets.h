@@ -26,9 +26,9 @@
 // jax_moe_dequantize   data u8 [rows, row_bytes] -> f32 [rows, K]
 //                      format
 // jax_moe_repack       data u8 [E, N, row_bytes] in GGUF's layout, N a multiple of 16
-//                   -> data u8 [E, N, row_bytes], tiled, aux f32 [E, N, 2]   (ffi/blocks/tiled.h)
+//                   -> data u8 [E, N, tiled row_bytes], aux f32 [E, N, 2]   (ffi/blocks/tiled.h)
 //                      format
-// jax_moe_unpack       data u8 [E, N, row_bytes], tiled -> data u8 [E, N, row_bytes]
+// jax_moe_unpack       data u8 [E, N, tiled row_bytes] -> data u8 [E, N, row_bytes]
 //                      format
 //
 // A weight of jax_moe_gemm and jax_moe_ffn in the tiled layout has the format ggml_type | kTiledFormat

@@ -18,20 +18,25 @@ class BlockFormat:
       ggml_type: the number that stands for the format in a GGUF file (enum ggml_type).
       block_size: weights a block.
       block_bytes: bytes a block.
+      tiled_bytes: bytes a block in the tiled layout, which `PackedExperts.prepack` makes.
     """
 
     name: str
     ggml_type: int
     block_size: int
     block_bytes: int
+    tiled_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tiled_bytes", self.tiled_bytes or self.block_bytes)
 
     def row_bytes(self, k: int) -> int:
         """Bytes of a row of k weights; k is a multiple of block_size."""
         return k // self.block_size * self.block_bytes
 
 
-# name, ggml_type, block_size, block_bytes. Sizes are stated here rather than asked of gguf because
-# a gguf release knows only the formats of its day.
+# name, ggml_type, block_size, block_bytes, and tiled_bytes if they differ. Sizes are stated here
+# rather than asked of gguf because a gguf release knows only the formats of its day.
 FORMATS: MappingProxyType[str, BlockFormat] = MappingProxyType(
     {
         row[0]: BlockFormat(*row)
@@ -46,16 +51,16 @@ FORMATS: MappingProxyType[str, BlockFormat] = MappingProxyType(
             ("Q4_K", 12, 256, 144),
             ("Q5_K", 13, 256, 176),
             ("Q6_K", 14, 256, 210),
-            ("IQ2_XXS", 16, 256, 66),
-            ("IQ2_XS", 17, 256, 74),
-            ("IQ3_XXS", 18, 256, 98),
-            ("IQ1_S", 19, 256, 50),
+            ("IQ2_XXS", 16, 256, 66, 102),
+            ("IQ2_XS", 17, 256, 74, 106),
+            ("IQ3_XXS", 18, 256, 98, 134),
+            ("IQ1_S", 19, 256, 50, 70),
             ("IQ4_NL", 20, 32, 18),
-            ("IQ3_S", 21, 256, 110),
-            ("IQ2_S", 22, 256, 82),
+            ("IQ3_S", 21, 256, 110, 134),
+            ("IQ2_S", 22, 256, 82, 106),
             ("IQ4_XS", 23, 256, 136),
-            ("IQ1_M", 29, 256, 56),
-            ("TQ1_0", 34, 256, 54),
+            ("IQ1_M", 29, 256, 56, 76),
+            ("TQ1_0", 34, 256, 54, 74),
             ("TQ2_0", 35, 256, 66),
             ("MXFP4", 39, 32, 17),
             ("NVFP4", 40, 64, 36),

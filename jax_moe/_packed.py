@@ -1,4 +1,4 @@
-"""Expert weights as a GGUF file packs them, and the same bits in the order that GPUs read."""
+"""Expert weights as a GGUF file packs them, and as GPUs read them."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from jax import Array
 
 from jax_moe._dequantize import dequantize
 from jax_moe._formats import BlockFormat, as_format
-from jax_moe._repack import BAND_ROWS, TILED_FORMATS, can_be_tiled, repack, unpack
+from jax_moe._repack import BAND_ROWS, can_be_tiled, repack, unpack
 
 TILED = "tiled"
 
@@ -29,9 +29,9 @@ class PackedExperts:
         it is packed along K exactly as in a GGUF file. Leading axes are stacked layers.
       format: a `BlockFormat`; its name ("Q4_K") or a `gguf.GGMLQuantizationType` may be given.
         Static.
-      layout: None for GGUF's, or "tiled": what `prepack` makes. The same bits in the same number of
-        bytes, but in another order within every 16 rows, so that `data` may be sliced and sharded
-        along its leading axes and E only (along N in multiples of 16). Static.
+      layout: None for GGUF's, or "tiled": what `prepack` makes. The same weights in another order
+        within every 16 rows, so that `data` may be sliced and sharded along its leading axes and E
+        only (along N in multiples of 16). A block of it has `format.tiled_bytes` bytes. Static.
       aux: with the tiled layout only: float32 `[..., E, N, 2]`, a power of two near the inverse of
         each row's largest scale, and a bound on the norms of its expert's rows.
     """
@@ -50,7 +50,7 @@ class PackedExperts:
     def shape(self) -> tuple[int, ...]:
         """The shape `(..., E, N, K)` of the weights."""
         *leading, row_bytes = self.data.shape
-        return (*leading, row_bytes // self.format.block_bytes * self.format.block_size)
+        return (*leading, row_bytes // _block_bytes(self) * self.format.block_size)
 
     @property
     def ndim(self) -> int:
@@ -73,14 +73,22 @@ class PackedExperts:
         undo the layout, at every call: prepack for GPUs. Works inside and outside `jax.jit`, and
         outside shard by shard where `data` is sharded.
 
+        Most formats keep their size. Those whose weights share code words get a code for each
+        weight and grow, which costs memory; bytes a block of 256 weights:
+
+            format   GGUF  tiled        format   GGUF  tiled
+            IQ1_S      50     70        IQ2_S      82    106
+            IQ1_M      56     76        IQ3_XXS    98    134
+            IQ2_XXS    66    102        IQ3_S     110    134
+            IQ2_XS     74    106        TQ1_0      54     74
+
         Args:
           donate: deletes `data` when it has been read, so that no more than one weight is held
             twice. Outside `jax.jit` only.
 
         Returns:
           `PackedExperts` with the layout "tiled", for which `unpack` gives the exact bytes back; or
-          self where GGUF's layout is what the kernels want: the formats IQ1_*, IQ2_*, IQ3_*, TQ*,
-          Q1_0 and Q2_0, and N that is no multiple of 16; or where it is tiled already.
+          self where N is no multiple of 16, or where it is tiled already.
 
         Raises:
           ValueError: the shape is not that of whole blocks, a sharding splits rows or bands of 16
@@ -88,7 +96,7 @@ class PackedExperts:
           ImportError: the native library cannot work with the installed jaxlib.
         """
         check_layout("self", self)
-        if self.layout == TILED or not can_be_tiled(self.format, self.data.shape):
+        if self.layout == TILED or not can_be_tiled(self.data.shape):
             return self
         _check_donation(self.data, donate)
         data, aux = repack(self.data, self.format)
@@ -114,19 +122,18 @@ def check_layout(name: str, weight: PackedExperts) -> None:
 
     Raises: ValueError or TypeError naming the argument as `name`.
     """
-    shape, block_bytes = weight.data.shape, weight.format.block_bytes
+    shape, block_bytes = weight.data.shape, _block_bytes(weight)
     if shape[-1] % block_bytes:
+        tiled = "" if weight.layout is None else "tiled "
         raise ValueError(
             f"{name}.data has rows of {shape[-1]} bytes, which is not a multiple of the "
-            f"{block_bytes} bytes of a {weight.format.name} block."
+            f"{block_bytes} bytes of a {tiled}{weight.format.name} block."
         )
     aux = weight.aux
     if weight.layout is None:
         if aux is not None:
             raise ValueError(f"{name}.aux is for the tiled layout, but {name}.layout is None.")
         return
-    if weight.format.name not in TILED_FORMATS:
-        raise ValueError(f"{name}.layout is None for {weight.format.name}, which cannot be tiled.")
     if len(shape) < 2 or shape[-2] % BAND_ROWS:
         raise ValueError(
             f"{name} is tiled, so that N is a multiple of {BAND_ROWS}, but {name}.data has shape "
@@ -141,6 +148,10 @@ def check_layout(name: str, weight: PackedExperts) -> None:
         raise ValueError(
             f"{name}.aux has shape [..., E, N, 2] = {expected}, not {tuple(aux.shape)}."
         )
+
+
+def _block_bytes(weight: PackedExperts) -> int:
+    return weight.format.block_bytes if weight.layout is None else weight.format.tiled_bytes
 
 
 def _check_donation(data: Array, donate: bool) -> None:

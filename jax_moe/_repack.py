@@ -12,23 +12,18 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_moe import _ffi
-from jax_moe._formats import BlockFormat
+from jax_moe._formats import BlockFormat, format_of_type
 
 BAND_ROWS = 16
 
-TILED_FORMATS = frozenset(
-    {"Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "NVFP4"}
-    | {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"}
-)
 
-
-def can_be_tiled(format: BlockFormat, shape: tuple[int, ...]) -> bool:
-    """Whether weights of this format and shape [..., N, K or row_bytes] have a tiled layout."""
-    return format.name in TILED_FORMATS and len(shape) > 1 and shape[-2] % BAND_ROWS == 0
+def can_be_tiled(shape: tuple[int, ...]) -> bool:
+    """Whether weights of shape [..., N, K or row_bytes] have a tiled layout."""
+    return len(shape) > 1 and shape[-2] % BAND_ROWS == 0
 
 
 def repack(data: Array, format: BlockFormat) -> tuple[Array, Array]:
-    """Tiled data of `data`'s shape [..., E, N, row_bytes], and aux float32 [..., E, N, 2]."""
+    """Tiled data of `data` [..., E, N, row_bytes], and aux float32 [..., E, N, 2]."""
     return _placed(_repack, _repack_shards, data, format)
 
 
@@ -56,13 +51,14 @@ def _placed(whole: Any, shards: Any, data: Array, format: BlockFormat) -> Any:
 def _repack(data: Array, format: BlockFormat) -> tuple[Array, Array]:
     flat = data.reshape(-1, *data.shape[-2:])
     tiled, aux = _repack_op(format.ggml_type, flat)
-    return tiled.reshape(data.shape), aux.reshape(*data.shape[:-1], 2)
+    leading = data.shape[:-1]
+    return tiled.reshape(*leading, tiled.shape[-1]), aux.reshape(*leading, 2)
 
 
 @functools.partial(jax.jit, static_argnames="format")
 def _unpack(data: Array, format: BlockFormat) -> Array:
     (unpacked,) = _unpack_op(format.ggml_type, data.reshape(-1, *data.shape[-2:]))
-    return unpacked.reshape(data.shape)
+    return unpacked.reshape(*data.shape[:-1], unpacked.shape[-1])
 
 
 @functools.partial(jax.jit, static_argnames=("format", "mesh", "spec"))
@@ -85,16 +81,28 @@ def _unpack_shards(data: Array, format: BlockFormat, mesh: Any, spec: tuple) -> 
     return jax.shard_map(local, mesh=mesh, in_specs=axes, out_specs=axes)(data)
 
 
+def _format(ggml_type: int) -> BlockFormat:
+    format = format_of_type(ggml_type)
+    assert format is not None
+    return format
+
+
 def _run_repack(ggml_type: int, data: Array) -> list[Array]:
+    *leading, row_bytes = data.shape
+    format = _format(ggml_type)
+    row_bytes = row_bytes // format.block_bytes * format.tiled_bytes
     results = (
-        jax.ShapeDtypeStruct(data.shape, jnp.uint8),
-        jax.ShapeDtypeStruct((*data.shape[:-1], 2), jnp.float32),
+        jax.ShapeDtypeStruct((*leading, row_bytes), jnp.uint8),
+        jax.ShapeDtypeStruct((*leading, 2), jnp.float32),
     )
     return _ffi.call("jax_moe_repack", results, data, format=ggml_type)
 
 
 def _run_unpack(ggml_type: int, data: Array) -> list[Array]:
-    results = (jax.ShapeDtypeStruct(data.shape, jnp.uint8),)
+    *leading, row_bytes = data.shape
+    format = _format(ggml_type)
+    row_bytes = row_bytes // format.tiled_bytes * format.block_bytes
+    results = (jax.ShapeDtypeStruct((*leading, row_bytes), jnp.uint8),)
     return _ffi.call("jax_moe_unpack", results, data, format=ggml_type)
 
 

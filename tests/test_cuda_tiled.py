@@ -30,7 +30,7 @@ VARIANTS = (
     ("bfloat16", MoEVariant.WMMA_GGUF),
 )
 # Where the f16 scales and minima of a block are.
-HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}
+HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,), "TQ1_0": (52,), "TQ2_0": (64,)}
 HALVES |= dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2))
 
 by_format = pytest.mark.parametrize("name", tiled_oracle.FORMATS)
@@ -45,6 +45,9 @@ def random_weights(name, experts, n, k, seed=0):
         blocks[:, 0] = rng.integers(116, 122, len(blocks))
     elif name == "NVFP4":
         blocks[:, :4] = rng.integers(8, 40, (len(blocks), 4))
+    elif name == "IQ1_M":  # four nibbles of d
+        blocks[:, 53] = blocks[:, 53] & 15 | 0x40
+        blocks[:, 55] = blocks[:, 55] & 15 | 0x10
     else:
         for at in HALVES.get(name, (0,)):
             blocks[:, at + 1] = rng.choice([0x13, 0x14, 0x95], len(blocks))
@@ -59,8 +62,8 @@ def width(name, shape_index):
     index = shape_index + tiled_oracle.FORMATS.index(name)
     if FORMATS[name].block_size == 256:
         return WIDTHS_OF_256[index % 3]
-    k = WIDTHS_OF_32[index % 5]
-    return 192 if (name, k) == ("NVFP4", 96) else k
+    k, block = WIDTHS_OF_32[index % 5], FORMATS[name].block_size
+    return -(-k // block) * block
 
 
 def expected_gemm(x, exact, sorted_ids, flat_ids, top_k, weights=None):
@@ -274,7 +277,7 @@ def test_range_of_activations(name, index):
 
 
 @pytest.mark.parametrize("scale_bytes", ((0x00, 0x78), (0x01, 0x00)))
-@pytest.mark.parametrize("name", ("Q4_0", "Q6_K", "Q4_K"))
+@pytest.mark.parametrize("name", ("Q4_0", "Q6_K", "Q4_K", "IQ1_S", "IQ2_XXS", "IQ3_S", "Q1_0"))
 def test_range_of_scales(name, scale_bytes):
     """Weights of the largest and smallest scales that a block can have, beside ordinary ones."""
     packed, _ = random_weights(name, 2, 32, 512)

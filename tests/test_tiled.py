@@ -15,7 +15,6 @@ from jax.sharding import PartitionSpec as P
 import jax_moe
 from jax_moe import Experts, MoEConfig, MoEParams, MoEVariant, PackedExperts, Routing, _ffi
 from jax_moe._formats import FORMATS
-from jax_moe._repack import TILED_FORMATS
 from jax_moe._tree import from_tree, is_trainable, to_tree
 
 E, H, F, T, K = 4, 64, 96, 5, 2
@@ -31,7 +30,9 @@ def random_bytes(name, *shape, seed=0):
 
 
 def widths(name):
-    return [k for k in (32, 64, 96, 160, 256, 704, 768) if k % FORMATS[name].block_size == 0]
+    return [
+        k for k in (32, 64, 96, 128, 160, 256, 640, 704, 768) if k % FORMATS[name].block_size == 0
+    ]
 
 
 def experts(seed=0, gate="Q4_0", up="IQ4_NL", down="Q8_0"):
@@ -81,13 +82,14 @@ def close(a, b):
 # --- Bytes ---
 
 
-def test_the_formats_that_can_be_tiled():
-    native = _ffi.native()
-    assert {n for n, f in FORMATS.items() if native.can_be_tiled(f.ggml_type)} == TILED_FORMATS
-    assert set(tiled_oracle.FORMATS) == TILED_FORMATS
+def test_sizes():
+    assert set(tiled_oracle.FORMATS) == set(FORMATS)
+    for name, format in FORMATS.items():
+        assert _ffi.native().tiled_block_bytes(format.ggml_type) == format.tiled_bytes
+        assert (format.tiled_bytes == format.block_bytes) == (name in tiled_oracle.PERMUTED)
 
 
-@by_format
+@pytest.mark.parametrize("name", tiled_oracle.PERMUTED)
 def test_every_bit_of_a_row_goes_to_one_place_and_back(name):
     """Bands with a single bit set: a permutation and its inverse."""
     format, seen = FORMATS[name], set()
@@ -114,7 +116,7 @@ def test_bytes_and_the_way_back(name):
         assert (tiled.layout, tiled.format, tiled.shape) == ("tiled", packed.format, packed.shape)
         assert tiled.aux.shape == (2, 3, 48, 2) and tiled.aux.dtype == jnp.float32
         expected = tiled_oracle.tile(name, data.reshape(6, 48, -1), FORMATS[name].block_bytes)
-        assert_same(tiled.data, expected.reshape(data.shape))
+        assert_same(tiled.data, expected.reshape(*data.shape[:-1], -1))
         back = tiled.unpack()
         assert back.layout is None and back.aux is None
         assert_same(back.data, data)
@@ -153,12 +155,6 @@ def test_dequantize(name):
     packed, exact = oracle.packed(name, 2, 32, widths(name)[-1])
     assert_same(packed.prepack().dequantize(), exact.astype(np.float32))
     assert_same(jax.jit(lambda w: w.prepack().dequantize())(packed), exact.astype(np.float32))
-
-
-@pytest.mark.parametrize("name", sorted(set(FORMATS) - TILED_FORMATS))
-def test_formats_without_a_tiled_layout_stay_as_they_are(name):
-    packed = PackedExperts(jnp.asarray(random_bytes(name, 1, 16, 256)), name)
-    assert packed.prepack(donate=True) is packed and not packed.data.is_deleted()
 
 
 def test_what_stays_as_it_is():
@@ -442,7 +438,7 @@ def test_errors():
         ({"aux": w.aux.astype(jnp.bfloat16)}, TypeError, "weight.aux has dtype float32"),
         ({"layout": None}, ValueError, "weight.aux is for the tiled layout"),
         ({"data": w.data[:, :24], "aux": w.aux[:, :24]}, ValueError, "multiple of 16"),
-        ({"format": "Q1_0", "data": w.data}, ValueError, "Q1_0, which cannot be tiled"),
+        ({"format": "IQ2_XXS"}, ValueError, "102 bytes of a tiled IQ2_XXS block"),
     ]
     for changes, error, message in cases:
         bad = dataclasses.replace(w, **changes)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jax_moe._repack import TILED_FORMATS
+from jax_moe._formats import FORMATS
 
 ROOT = Path(__file__).parents[1]
 
@@ -21,4 +21,4 @@ def test_fields_are_the_decoders_integers(tmp_path):
     subprocess.run([compiler, "-std=c++17", "-O1", f"-I{ROOT}", source, "-o", program], check=True)
     done = subprocess.run([program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    assert set(done.stdout.split()) == set(TILED_FORMATS)
+    assert set(done.stdout.split()) == set(FORMATS)

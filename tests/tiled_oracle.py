@@ -1,11 +1,17 @@
 """The tiled layout in numpy, written from its description and not from the library's code."""
 
+import functools
+
+import gguf
 import numpy as np
 
-FORMATS = (
-    "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS MXFP4 NVFP4".split()  # noqa: SIM905
-)
+# Those with a code for each weight in place of code words; the same bits in another order.
+EXPANDED = ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0")
+PERMUTED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+PERMUTED += ("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "TQ2_0", "Q1_0", "Q2_0")
+FORMATS = PERMUTED + EXPANDED
 NATURAL = ("IQ4_NL", "IQ4_XS")
+OCTAL = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 
 
 def nibbles(b):
@@ -61,6 +67,129 @@ def six_bits(fields):
     return np.packbits(bits.reshape(*fields.shape[:-1], -1), axis=-1, bitorder="little")
 
 
+def two_bits_in_order(b):
+    return (b[..., None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3).reshape(*b.shape[:-1], -1)
+
+
+def words(b, dtype):
+    return np.ascontiguousarray(b).view(dtype)
+
+
+def pack_bits(value, count):
+    """Bytes [..., n * count / 8] of fields [..., n] of `count` bits, the first in the lowest."""
+    bits = value[..., None].astype(np.uint32) >> np.arange(count, dtype=np.uint32) & 1
+    flat = bits.astype(np.uint8).reshape(*value.shape[:-1], -1)
+    return np.packbits(flat, axis=-1, bitorder="little")
+
+
+@functools.cache
+def grid(name):
+    """Places of a code word's values among all that the format has, [code words, 8 or 4]."""
+    quant = getattr(gguf.quants, {"IQ1_M": "IQ1_S"}.get(name, name))
+    quant.init_grid()
+    values = quant.grid.reshape(*quant.grid.shape[-2:])
+    return np.searchsorted(np.unique(values), values).astype(np.uint8)
+
+
+def seven_signs(packed):
+    """Signs [..., 8 n] of n fields of seven bits; every eight of them are set an even number of
+    times."""
+    bits = packed[..., None].astype(np.uint32) >> np.arange(7, dtype=np.uint32) & 1
+    bits = np.concatenate([bits, bits.sum(-1, keepdims=True) & 1], axis=-1)
+    return bits.reshape(*packed.shape[:-1], -1).astype(np.uint8)
+
+
+def unit_words(word):
+    """Four fields of seven bits and one of four of words [..., 8]."""
+    sevens = word[..., None] >> np.arange(0, 28, 7, dtype=np.uint32) & 127
+    return seven_signs(sevens.reshape(*word.shape[:-1], 32)), word >> 28
+
+
+def code_words_of(name, b):
+    """Of an IQ1, IQ2 or IQ3 format: indices, signs [..., 256], and scales [..., 8 or 16]."""
+    match name:
+        case "IQ1_S":
+            high = words(b[..., 34:], "<u2")
+            index = b[..., 2:34] | bits(high, 3, 4).astype(np.uint16) << 8
+            return index, None, high >> 12 & 7
+        case "IQ1_M":
+            index = b[..., :32] | (in_order(b[..., 32:48]) & 7).astype(np.uint16) << 8
+            return index, None, bits(words(b[..., 48:], "<u2"), 3, 4)
+        case "IQ2_XXS":
+            pair = words(b[..., 2:], "<u4").reshape(*b.shape[:-1], 8, 2)
+            signs, scales = unit_words(pair[..., 1])
+            return bits(pair[..., 0], 8, 4), signs, scales
+        case "IQ2_XS":
+            code = words(b[..., 2:66], "<u2")
+            return code & 511, seven_signs(code >> 9), in_order(b[..., 66:])
+        case "IQ2_S":
+            index = b[..., 2:34] | two_bits_in_order(b[..., 66:74]).astype(np.uint16) << 8
+            return index, bits_in_order(b[..., 34:66]), in_order(b[..., 74:])
+        case "IQ3_XXS":
+            signs, scales = unit_words(words(b[..., 66:], "<u4"))
+            return b[..., 2:66], signs, scales
+        case "IQ3_S":
+            index = b[..., 2:66] | bits_in_order(b[..., 66:74]).astype(np.uint16) << 8
+            return index, bits_in_order(b[..., 74:106]), in_order(b[..., 106:])
+    raise AssertionError(name)
+
+
+def bits(word, width, count):
+    """`count` fields of `width` bits of every word, the lowest first."""
+    fields = word[..., None] >> (width * np.arange(count)).astype(word.dtype) & (1 << width) - 1
+    return fields.reshape(*word.shape[:-1], -1)
+
+
+def in_order(b):
+    """Nibbles, those of a byte side by side."""
+    return np.stack([b & 15, b >> 4], axis=-1).reshape(*b.shape[:-1], -1)
+
+
+def iq1_m_d(b):
+    return words(pack_bits(words(b[..., 48:], "<u2") >> 12, 4), "<u2")
+
+
+def expanded_fields(name, b):
+    """As `fields`, of the formats with code words."""
+    index, signs, scales = code_words_of(name, b)
+    value = grid(name)[index].reshape(*b.shape[:-1], 256)
+    nibbles = pack_bits(scales, 4)
+    match name:
+        case "IQ1_S":
+            shift = words(b[..., 34:], "<u2") >> 15
+            return value, None, [pack_bits(scales | shift << 3, 4), b[..., :2]]
+        case "IQ1_M":
+            pair = scales.reshape(*b.shape[:-1], 8, 2)
+            shift = (in_order(b[..., 32:48]) >> 3).reshape(*b.shape[:-1], 8, 4)
+            ten = pair[..., 0] | pair[..., 1] << 3 | pack_bits(shift, 1)[..., 0].astype("<u2") << 6
+            ten = pack_bits(ten[..., [0, 4, 1, 5, 2, 6, 3, 7]], 10)
+            return value, None, [np.concatenate([ten, iq1_m_d(b).view(np.uint8)], axis=-1)]
+        case "IQ2_XXS":
+            return value | signs << 2, None, [nibbles, b[..., :2]]
+        case "IQ2_XS" | "IQ2_S":
+            return value | signs << 2, nibbles[..., None], [b[..., :2]]
+        case "IQ3_XXS":
+            return value | signs << 3, None, [nibbles, b[..., :2]]
+        case "IQ3_S":
+            return np.where(signs, 7 - value, 8 + value), None, [nibbles, b[..., :2]]
+    raise AssertionError(name)
+
+
+def tq1_0_fields(b):
+    digits, rest = [], b[..., :52].astype(np.uint16)
+    for _ in range(5):
+        digits.append((rest * 3 >> 8).astype(np.uint8))
+        rest = rest * 3 & 255
+    places = ((0, 32, 5), (32, 48, 5), (48, 52, 4))
+    q = [digits[n][..., first:end] for first, end, count in places for n in range(count)]
+    # The five digits of a byte, and the least byte that has them.
+    value = sum(digit.astype(np.int32) * 3 ** (4 - n) for n, digit in enumerate(digits))
+    rest = (b[..., :52] - np.ceil(value * 256 / 243)).astype(np.uint8)
+    last = pack_bits(digits[4][..., 48:] | rest[..., 48:] << 2, 4)
+    row = np.concatenate([pack_bits(rest[..., :48], 1), last], axis=-1)
+    return np.concatenate(q, axis=-1), None, [b[..., 52:], row]
+
+
 def fields(name, b):
     """Of blocks [..., block_bytes]: codes [..., block_size], and what goes with units and rows."""
     match name:
@@ -103,7 +232,15 @@ def fields(name, b):
             q = nibbles(b[..., 8:].reshape(*b.shape[:-1], 8, 16)).reshape(*b.shape[:-1], 256)
             s = iq4_xs_scales(b)[..., [0, 4, 1, 5, 2, 6, 3, 7]]
             return q, None, [np.concatenate([b[..., :2], six_bits(s)], axis=-1)]
-    raise AssertionError(name)
+        case "TQ1_0":
+            return tq1_0_fields(b)
+        case "TQ2_0":
+            return pairs_of_256(b[..., :64]), None, [b[..., 64:]]
+        case "Q1_0":
+            return bits_in_order(b[..., 2:]), None, [b[..., :2]]
+        case "Q2_0":
+            return two_bits_in_order(b[..., 2:]), b[..., :2, None], []
+    return expanded_fields(name, b)
 
 
 def e2m1_words(pair):
@@ -116,6 +253,20 @@ def e2m1_words(pair):
     return half[..., 0] | half[..., 1] << 16
 
 
+def octal_words(name, q):
+    """Codes of three bits in nibbles: 24 of them, and the other eight on top of these; or all 32,
+    and on top fourth bits, those of a word's first pair in its halves' last nibbles."""
+    if name == "IQ3_XXS":
+        low = (q & 7).reshape(*q.shape[:-1], 4, 8)
+        pair = (q >> 3).reshape(*q.shape[:-1], 4, 4, 2)
+        top = np.swapaxes(pair[..., ::-1, :], -1, -2).reshape(low.shape)
+    else:
+        low = q[..., :24].reshape(*q.shape[:-1], 3, 8)
+        top = q[..., None, 24:] >> np.arange(3, dtype=np.uint32)[:, None] & 1
+    nibble = low | top << 3
+    return (nibble << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32)
+
+
 def code_words(name, q):
     """Words [..., n] of units' codes [..., 32]; word j bit 16 h + b is a bit of q[2i + h]."""
     q = q.astype(np.uint32)
@@ -126,7 +277,10 @@ def code_words(name, q):
     pair = q.reshape(*q.shape[:-1], 16, 2)  # [..., i, h]
     if name in ("MXFP4", "NVFP4"):
         return e2m1_words(pair)
+    if name in OCTAL:
+        return octal_words(name, q)
     halves = {
+        1: lambda j: [(m, m, 0, 1) for m in range(16)],
         2: lambda j: [(8 * j + m, 2 * m, 0, 2) for m in range(8)],
         3: lambda j: [(5 * j + m, 3 * m, 0, 3) for m in range(5)] + [(15, 15, j, 1)],
         4: lambda j: [(4 * j + m, 4 * m, 0, 4) for m in range(4)],
@@ -140,7 +294,8 @@ def code_words(name, q):
             )[j % 3]
         ],
     }
-    bits = {"Q2_K": 2, "Q3_K": 3, "Q6_K": 6}.get(name, 5 if name.startswith("Q5") else 4)
+    bits = {"Q1_0": 1, "Q3_K": 3, "Q6_K": 6} | dict.fromkeys(TWO_BITS, 2)
+    bits = bits.get(name, 5 if name.startswith("Q5") else 4)
     words = []
     for j in range(bits):
         half = 0
@@ -150,12 +305,11 @@ def code_words(name, q):
     return np.stack(words, axis=-1)
 
 
-UNIT_WIDTHS = {
-    "Q8_0": (16, 16),
-    "Q2_K": (8,),
-    "Q3_K": (8, 4),
-    "Q6_K": (16, 8),
-} | dict.fromkeys(("Q5_0", "Q5_1", "Q5_K"), (16, 4))
+TWO_BITS = ("Q2_K", "TQ1_0", "TQ2_0", "Q2_0", "IQ1_S", "IQ1_M")
+UNIT_WIDTHS = {"Q1_0": (4,), "Q8_0": (16, 16), "Q6_K": (16, 8)}
+UNIT_WIDTHS |= dict.fromkeys(TWO_BITS, (8,))
+UNIT_WIDTHS |= dict.fromkeys(("Q3_K", "IQ2_XXS", "IQ2_XS", "IQ2_S"), (8, 4))
+UNIT_WIDTHS |= dict.fromkeys(("Q5_0", "Q5_1", "Q5_K"), (16, 4))
 
 
 def tile(name, data, block_bytes):
@@ -176,8 +330,9 @@ def tile(name, data, block_bytes):
             for plane in planes:
                 for chunk in range(first, min(first + atom, units), 4):
                     out.append(plane[:, chunk : chunk + 4].tobytes())
-            out += [row[:, first // 8].tobytes() for row in rows]
-    return np.frombuffer(b"".join(out), np.uint8).reshape(data.shape)
+            out += [row[:, first // atom].tobytes() for row in rows]
+    tiled = np.frombuffer(b"".join(out), np.uint8)
+    return tiled.reshape(*data.shape[:-1], tiled.size // (data.size // row_bytes))
 
 
 def half(b):
@@ -210,7 +365,17 @@ def affine(name, b):
             return half(b[..., 208:]) * b[..., 192:208].view(np.int8), zero
         case "IQ4_XS":
             return half(b[..., :2]) * (iq4_xs_scales(b).astype(np.float32) - 32), zero
-    raise AssertionError(name)
+        case "Q1_0" | "Q2_0":
+            return half(b[..., :2]), zero
+        case "TQ1_0" | "TQ2_0":
+            return half(b[..., -2:]), zero
+    # Of values that are integers: eighths in IQ1, whose scales count odd numbers of them.
+    scale = code_words_of(name, b)[2].astype(np.float32)
+    d = half(iq1_m_d(b)) if name == "IQ1_M" else half(b[..., :2])
+    step, first = {"IQ1": (1 / 4, 1 / 8), "IQ2": (1 / 4, 1 / 8), "IQ3": (1 / 2, 1 / 4)}[name[:3]]
+    if name == "IQ3_S":
+        step, first = 2, 1
+    return d * (np.float32(step) * scale + np.float32(first)), zero
 
 
 def aux(name, data, block_bytes, weights):

@@ -16,7 +16,6 @@ from typing import Any
 from jax_moe._formats import DENSE_TYPES, FORMATS
 from jax_moe._gguf.architectures import ARCHITECTURES
 from jax_moe._gguf.schema import REQUIRED, Architecture, Key
-from jax_moe._repack import TILED_FORMATS
 
 PAGE = Path(__file__).parent.parent / "docs" / "architectures.md"
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -89,7 +88,7 @@ def formats_table() -> str:
             str(form.block_size),
             str(form.block_bytes),
             f"{8 * form.block_bytes / form.block_size:g}",
-            "yes" if form.name in TILED_FORMATS else "-",
+            f"{8 * form.tiled_bytes / form.block_size:g}",
         ]
         for form in FORMATS.values()
     ]
@@ -97,7 +96,7 @@ def formats_table() -> str:
     for dtype, number in DENSE_TYPES.items():
         name, size = short[dtype]
         rows.append([f"`{name}`", str(number), "1", str(size), str(8 * size), "-"])
-    header = ["format", "ggml type", "weights a block", "bytes", "bits a weight", "tiled layout"]
+    header = ["format", "ggml type", "weights a block", "bytes", "bits a weight", "tiled"]
     return _markdown(header, rows)
 
 

@@ -1,27 +1,35 @@
-// The tiled layout: the bits of GGUF's blocks in the order in which the CUDA kernels read them.
+// The tiled layout: GGUF's blocks as the CUDA kernels read them.
 //
 // A unit is 32 consecutive weights of a row, a chunk 4 units (the last one of a row may have
-// fewer where a block is shorter than 256 weights), a band 16 rows of an expert. A band occupies
-// the bytes that its rows occupy in GGUF's layout. Inside it are atoms in column order: two chunks
-// (one block) where a block has 256 weights, one chunk otherwise. Inside an atom come the planes,
-// first those of units and then those of rows. With w bytes an element, a plane of units is, for
-// each chunk,
+// fewer where a block is shorter than 128 weights), a band 16 rows of an expert. Inside a band are
+// atoms in column order: two chunks (one block) where a block has 256 weights, one chunk otherwise.
+// Inside an atom come the planes, first those of units and then those of rows. With w bytes an
+// element, a plane of units is, for each chunk,
 //
 //     [row 0..15][unit of the chunk][w]        and a plane of rows        [row 0..15][w].
 //
 // The elements of one block, one after another, are its record: for each unit those of the planes
-// of units, then those of the planes of rows. A record has the bits of its block in another order.
-// Tiling<FORMAT> states that order, and everything else is derived from it:
+// of units, then those of the planes of rows. A record has the bits of its source in another order.
+// For most formats that is the block. Formats whose weights share code words are expanded: there
+// the source is the block followed by derived bytes, among them a code for each weight, and the
+// record leaves out the bits of the block that they replace. Tiling<FORMAT> states the order, and
+// everything else follows from it:
 //
 //   struct Tiling<FORMAT> {
-//     static constexpr int kCodeBits;         // bits of a weight in the block
+//     static constexpr int kCodeBits;         // bits of a weight in the record
 //     static constexpr tiled::Order kOrder;   // in which Packing places them in a unit's words
 //     using UnitPlanes = Planes<...>;         // bytes an element: codes first, then scales
 //     using RowPlanes = Planes<...>;
-//     // The bit of the block, byte 0's lowest is bit 0, which holds
+//     // The bit of the source, byte 0's lowest is bit 0, which holds
 //     static JM_HD constexpr int Code(int w, int b);        // bit b of weight w of the block,
 //     static JM_HD constexpr int UnitBit(int unit, int b);  // bit b after the unit's codes,
 //     static JM_HD constexpr int RowBit(int b);             // bit b of the planes of rows.
+//     // Where it is expanded:
+//     static constexpr int kDerivedBytes;
+//     // Those of a unit, into their places among all.
+//     static JM_HD void Derive(const uint8_t* block, int unit, uint8_t* derived);
+//     // Sets the bits that the record leaves out in a block where they are zero.
+//     static JM_HD void Restore(const uint8_t* derived, uint8_t* block);
 //   };
 #pragma once
 
@@ -29,6 +37,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "ffi/blocks/codewords.h"
 #include "ffi/blocks/formats.h"
 
 namespace jax_moe {
@@ -72,7 +81,11 @@ struct CodeBit {
 // and 4j + 3 in the low ones. Masked in a high byte, the first is the f16 number v * 2^-14 for its
 // value v; so is the second once three of its bits are shifted by 3 and its sign by 7, in both
 // bytes at once.
-enum class Order { kNatural, kPairs, kE2M1 };
+//
+// kOctal: the low three bits weight after weight in nibbles. Of three bits, those of weight 24 + i
+// are on top of the i-th nibbles of the three words. Of four, the fourth ones are on top of their
+// word's nibbles, those of its pair i at bit 15 - 4 i of the halves.
+enum class Order { kNatural, kPairs, kE2M1, kOctal };
 
 // What bit `position` of word `word` of a unit's codes holds.
 JM_HD constexpr CodeBit Packing(int bits, Order order, int word, int position) {
@@ -86,6 +99,11 @@ JM_HD constexpr CodeBit Packing(int bits, Order order, int word, int position) {
     const int pair = 4 * word + 2 * second + (bit < 8);
     const int code_bit = in_byte % 7 == 0 ? 3 : (in_byte - 1) % 3;
     return {2 * pair + half, code_bit};
+  }
+  if (order == Order::kOctal) {
+    const int nibble = position / 4, b = position % 4;
+    if (b < 3) return {8 * word + nibble, b};
+    return bits == 3 ? CodeBit{24 + nibble, word} : CodeBit{8 * word + 2 * (3 - bit / 4) + half, 3};
   }
   if (bits == 6) {
     // Words A, B, C of 16 weights, two pairs each; pairs 6 and 7 lie in what is left: the low four
@@ -287,27 +305,265 @@ struct Tiling<IQ4_XS> {
   }
 };
 
+template <>
+struct Tiling<TQ2_0> {
+  static constexpr int kCodeBits = 2;
+  static constexpr tiled::Order kOrder = tiled::Order::kPairs;
+  using UnitPlanes = Planes<8>;
+  using RowPlanes = Planes<2>;
+  static JM_HD constexpr int Code(int w, int b) { return tiled::BitPair(0, w, b); }
+  static JM_HD constexpr int UnitBit(int, int) { return 0; }
+  static JM_HD constexpr int RowBit(int b) { return 8 * 64 + b; }
+};
+
+template <>
+struct Tiling<Q1_0> {
+  static constexpr int kCodeBits = 1;
+  static constexpr tiled::Order kOrder = tiled::Order::kPairs;
+  using UnitPlanes = Planes<4>;
+  using RowPlanes = Planes<2>;
+  static JM_HD constexpr int Code(int w, int) { return 8 * 2 + w; }
+  static JM_HD constexpr int UnitBit(int, int) { return 0; }
+  static JM_HD constexpr int RowBit(int b) { return b; }
+};
+
+// The two units of a block have a byte of d each.
+template <>
+struct Tiling<Q2_0> {
+  static constexpr int kCodeBits = 2;
+  static constexpr tiled::Order kOrder = tiled::Order::kPairs;
+  using UnitPlanes = Planes<8, 1>;
+  using RowPlanes = Planes<>;
+  static JM_HD constexpr int Code(int w, int b) { return 8 * 2 + 2 * w + b; }
+  static JM_HD constexpr int UnitBit(int unit, int b) { return 8 * unit + b; }
+  static JM_HD constexpr int RowBit(int) { return 0; }
+};
+
+// --- The expanded formats: what Derive gives first is a code for each weight ---
+
+template <typename Format>
+struct ExpandedTiling {
+  static constexpr int kDerivedBytes = Format::kBlock;
+  static JM_HD constexpr int Code(int w, int b) { return 8 * (Format::kBytes + w) + b; }
+  static JM_HD constexpr int UnitBit(int, int) { return 0; }
+  static JM_HD void Derive(const uint8_t* block, int unit, uint8_t* derived) {
+    uint32_t q[8];
+    Format::Unit(block, unit, q);
+    for (int w = 0; w < 32; ++w) {
+      const int value = static_cast<int8_t>(q[w / 4] >> 8 * (w % 4));
+      derived[32 * unit + w] = static_cast<uint8_t>(Tiling<Format>::CodeOf(value));
+    }
+  }
+};
+
+// Digits 0, 1, 2. A byte has 256 values for the 243 of five digits, and the last four bytes have a
+// digit that no weight uses: what tells them apart is kept beside d, though no kernel reads it.
+template <>
+struct Tiling<TQ1_0> : ExpandedTiling<TQ1_0> {
+  static constexpr int kCodeBits = 2;
+  static constexpr tiled::Order kOrder = tiled::Order::kPairs;
+  using UnitPlanes = Planes<8>;
+  using RowPlanes = Planes<2, 8>;
+  static constexpr int kBytes = 52, kLong = 48;  // of digits; of them, with five weights each
+  static constexpr int kDerivedBytes = 256 + kBytes;
+  static JM_HD constexpr uint32_t CodeOf(int value) { return static_cast<uint32_t>(value + 1); }
+  // d; a bit for each of the first 48 bytes, four for each of the last.
+  static JM_HD constexpr int RowBit(int b) {
+    if (b < 16) return 8 * kBytes + b;
+    b -= 16;
+    const int rest = 8 * (TQ1_0::kBytes + 256);
+    return b < kLong ? rest + 8 * b : rest + 8 * (kLong + (b - kLong) / 4) + (b - kLong) % 4;
+  }
+  static JM_HD void Derive(const uint8_t* block, int unit, uint8_t* derived) {
+    ExpandedTiling::Derive(block, unit, derived);
+    for (int i = unit; i < kBytes; i += 8) {
+      const int digits = block[i] * 243 >> 8;
+      const int rest = block[i] - FirstByte(digits);
+      derived[256 + i] = static_cast<uint8_t>(i < kLong ? rest : digits % 3 | rest << 2);
+    }
+  }
+  static JM_HD void Restore(const uint8_t* derived, uint8_t* block) {
+    for (int i = 0; i < kBytes; ++i) {
+      const int rest = derived[256 + i];
+      int digits = 0;
+      for (int n = 0; n < 5; ++n) {
+        const int digit = n == 4 && i >= kLong ? rest & 3 : derived[WeightOf(i, n)];
+        digits = 3 * digits + digit;
+      }
+      block[i] = static_cast<uint8_t>(FirstByte(digits) + (i < kLong ? rest : rest >> 2));
+    }
+  }
+
+ private:
+  // The least byte with these five digits.
+  static JM_HD constexpr int FirstByte(int digits) { return (digits * 256 + 242) / 243; }
+  // The weight that has digit n of byte i.
+  static JM_HD constexpr int WeightOf(int i, int n) {
+    return i < 32 ? 32 * n + i : i < kLong ? 160 + 16 * n + i - 32 : 240 + 4 * n + i - kLong;
+  }
+};
+
+// g + 1: the shift of 1/8 is the kernels' offset.
+template <typename Format>
+struct Iq1Tiling : ExpandedTiling<Format> {
+  static constexpr int kCodeBits = 2;
+  static constexpr tiled::Order kOrder = tiled::Order::kPairs;
+  using UnitPlanes = Planes<8>;
+  static JM_HD constexpr uint32_t CodeOf(int value) {
+    return static_cast<uint32_t>(value + 12) >> 3;
+  }
+};
+
+template <>
+struct Tiling<IQ1_S> : Iq1Tiling<IQ1_S> {
+  using RowPlanes = Planes<4, 2>;
+  // For every unit its scale and the sign of its shift, then d.
+  static JM_HD constexpr int RowBit(int b) {
+    return b < 32 ? 8 * (34 + 2 * (b / 4)) + 12 + b % 4 : b - 32;
+  }
+  static JM_HD void Restore(const uint8_t* derived, uint8_t* block) {
+    for (int i = 0; i < 32; ++i) {
+      const uint32_t index = Iq1Index(derived + 8 * i);
+      PutBits(block, 8 * (2 + i), 8, index);
+      PutBits(block, 8 * (34 + 2 * (i / 4)) + 3 * (i % 4), 3, index >> 8);
+    }
+  }
+};
+
+template <>
+struct Tiling<IQ1_M> : Iq1Tiling<IQ1_M> {
+  using RowPlanes = Planes<12>;
+  // For t = 0..3, ten bits for each of units t and 4 + t: two scales, four signs of shifts; then d.
+  static JM_HD constexpr int RowBit(int b) {
+    if (b >= 80) return 8 * (48 + 2 * ((b - 80) / 4)) + 12 + (b - 80) % 4;
+    const int unit = b / 20 + 4 * (b / 10 % 2), field = b % 10;
+    if (field >= 6) return 8 * (32 + 2 * unit) + 4 * (field - 6) + 3;
+    const int group = 2 * unit + field / 3;
+    return 8 * (48 + 2 * (group / 4)) + 3 * (group % 4) + field % 3;
+  }
+  static JM_HD void Restore(const uint8_t* derived, uint8_t* block) {
+    for (int i = 0; i < 32; ++i) {
+      const uint32_t index = Iq1Index(derived + 8 * i);
+      PutBits(block, 8 * i, 8, index);
+      PutBits(block, 8 * 32 + 4 * i, 3, index >> 8);
+    }
+  }
+};
+
+// 0, 1, 2 for the magnitudes 8, 25, 43, and the sign.
+template <typename Format>
+struct Iq2Tiling : ExpandedTiling<Format> {
+  static constexpr int kCodeBits = 3;
+  static constexpr tiled::Order kOrder = tiled::Order::kOctal;
+  static JM_HD constexpr uint32_t CodeOf(int value) {
+    return static_cast<uint32_t>(value < 0 ? -value : value) >> 4 | (value < 0 ? 4 : 0);
+  }
+};
+
+template <>
+struct Tiling<IQ2_XXS> : Iq2Tiling<IQ2_XXS> {
+  using UnitPlanes = Planes<8, 4>;
+  using RowPlanes = Planes<4, 2>;
+  // The scales, then d.
+  static JM_HD constexpr int RowBit(int b) {
+    return b < 32 ? 8 * (9 + 8 * (b / 4)) + 4 + b % 4 : b - 32;
+  }
+  static JM_HD void Restore(const uint8_t* derived, uint8_t* block) {
+    for (int i = 0; i < 32; ++i) {
+      const int unit = 2 + 8 * (i / 4);
+      PutBits(block, 8 * (unit + i % 4), 8, Iq2XxsIndex(derived + 8 * i));
+      PutBits(block, 8 * (unit + 4) + 7 * (i % 4), 7, SignsOf<2>(derived + 8 * i));
+    }
+  }
+};
+
+// A byte with two scales a unit.
+template <typename Format, int kScales>
+struct TwoScaleIq2Tiling : Iq2Tiling<Format> {
+  using UnitPlanes = Planes<8, 4, 1>;
+  using RowPlanes = Planes<2>;
+  static JM_HD constexpr int UnitBit(int unit, int b) { return 8 * (kScales + unit) + b; }
+  static JM_HD constexpr int RowBit(int b) { return b; }
+};
+
+template <>
+struct Tiling<IQ2_XS> : TwoScaleIq2Tiling<IQ2_XS, 66> {
+  static JM_HD void Restore(const uint8_t* derived, uint8_t* block) {
+    for (int i = 0; i < 32; ++i) {
+      PutBits(block, 8 * (2 + 2 * i), 9, Iq2XsIndex(derived + 8 * i));
+      PutBits(block, 8 * (2 + 2 * i) + 9, 7, SignsOf<2>(derived + 8 * i));
+    }
+  }
+};
+
+template <>
+struct Tiling<IQ2_S> : TwoScaleIq2Tiling<IQ2_S, 74> {
+  static JM_HD void Restore(const uint8_t* derived, uint8_t* block) {
+    for (int i = 0; i < 32; ++i) {
+      const uint32_t index = Iq2SIndex(derived + 8 * i);
+      PutBits(block, 8 * (2 + i), 8, index);
+      PutBits(block, 8 * 66 + 2 * i, 2, index >> 8);
+      PutBits(block, 8 * (34 + i), 8, SignsOf<2>(derived + 8 * i));
+    }
+  }
+};
+
+// 0..7 for the magnitudes 4, 12, .. 52, 62, and the sign.
+template <>
+struct Tiling<IQ3_XXS> : ExpandedTiling<IQ3_XXS> {
+  static constexpr int kCodeBits = 4;
+  static constexpr tiled::Order kOrder = tiled::Order::kOctal;
+  using UnitPlanes = Planes<16>;
+  using RowPlanes = Planes<4, 2>;
+  static JM_HD constexpr uint32_t CodeOf(int value) {
+    return static_cast<uint32_t>(value < 0 ? -value : value) >> 3 | (value < 0 ? 8 : 0);
+  }
+  // The scales, then d.
+  static JM_HD constexpr int RowBit(int b) {
+    return b < 32 ? 8 * (69 + 4 * (b / 4)) + 4 + b % 4 : b - 32;
+  }
+  static JM_HD void Restore(const uint8_t* derived, uint8_t* block) {
+    for (int i = 0; i < 64; ++i) PutBits(block, 8 * (2 + i), 8, Iq3XxsIndex(derived + 4 * i));
+    for (int i = 0; i < 32; ++i) {
+      PutBits(block, 8 * (66 + 4 * (i / 4)) + 7 * (i % 4), 7, SignsOf<3>(derived + 8 * i));
+    }
+  }
+};
+
+// 0..15 for -15, -13, .. 15.
+template <>
+struct Tiling<IQ3_S> : ExpandedTiling<IQ3_S> {
+  static constexpr int kCodeBits = 4;
+  static constexpr tiled::Order kOrder = tiled::Order::kPairs;
+  using UnitPlanes = Planes<16>;
+  using RowPlanes = Planes<4, 2>;
+  static JM_HD constexpr uint32_t CodeOf(int value) {
+    return static_cast<uint32_t>(value + 15) >> 1;
+  }
+  // The scales, then d.
+  static JM_HD constexpr int RowBit(int b) { return b < 32 ? 8 * 106 + b : b - 32; }
+  static JM_HD void Restore(const uint8_t* derived, uint8_t* block) {
+    for (int i = 0; i < 64; ++i) {
+      const uint32_t index = Iq3SIndex(derived + 4 * i);
+      PutBits(block, 8 * (2 + i), 8, index);
+      PutBits(block, 8 * 66 + i, 1, index >> 8);
+    }
+    for (int i = 0; i < 32; ++i) {
+      // Negative codes are those below 8.
+      PutBits(block, 8 * (74 + i), 8, ~SignsOf<3>(derived + 8 * i));
+    }
+  }
+};
+
 // --- What follows from them ---
 
-template <typename Format, typename = void>
-struct HasTiling : std::false_type {};
-template <typename Format>
-struct HasTiling<Format, std::void_t<decltype(Tiling<Format>::kCodeBits)>> : std::true_type {};
-
-// As VisitFormat, for the formats that can be tiled.
-template <typename F>
-bool VisitTiledFormat(int type, F&& f) {
-  bool found = false;
-  VisitFormat(type, [&](auto format) {
-    if constexpr (HasTiling<decltype(format)>::value) {
-      found = true;
-      f(format);
-    }
-  });
-  return found;
-}
-
 namespace tiled {
+
+template <typename Format, typename = void>
+inline constexpr int kDerivedBytes = 0;
+template <typename Format>
+inline constexpr int kDerivedBytes<Format, std::void_t<decltype(Tiling<Format>::kDerivedBytes)>> =
+    Tiling<Format>::kDerivedBytes;
 
 template <typename Format>
 struct Sizes {
@@ -315,12 +571,13 @@ struct Sizes {
   static constexpr int kAtomUnits = kUnits == 8 ? 8 : kChunkUnits;
   static constexpr int kUnitBytes = Tiling<Format>::UnitPlanes::kBytes;
   static constexpr int kRowBytes = Tiling<Format>::RowPlanes::kBytes;
-  static_assert(kUnits * kUnitBytes + kRowBytes == Format::kBytes);
+  static constexpr int kBytes = kUnits * kUnitBytes + kRowBytes;  // of a record
+  static constexpr int kSourceBytes = Format::kBytes + kDerivedBytes<Format>;
 };
 
-// The bit of a block that bit `bit` of its record holds.
+// The bit of its source that bit `bit` of a record holds.
 template <typename Format>
-constexpr int BlockBit(int bit) {
+constexpr int SourceBit(int bit) {
   using T = Tiling<Format>;
   constexpr int kUnitBits = 8 * Sizes<Format>::kUnitBytes;
   const int unit = bit / kUnitBits, in_unit = bit % kUnitBits;
@@ -332,41 +589,42 @@ constexpr int BlockBit(int bit) {
   return T::RowBit(bit - Sizes<Format>::kUnits * kUnitBits);
 }
 
-// For every bit of a record the block's bit that it holds, and the other way round.
+// For every bit of a record the source's bit that it holds, and the other way round.
 template <typename Format>
 struct BitTables {
-  static constexpr int kBits = 8 * Format::kBytes;
-  uint16_t block_bit[kBits];
-  uint16_t record_bit[kBits];
-  bool is_permutation;
+  static constexpr int kBits = 8 * Sizes<Format>::kBytes;
+  static constexpr int kSourceBits = 8 * Sizes<Format>::kSourceBytes;
+  uint16_t source_bit[kBits];
+  uint16_t record_bit[kSourceBits];  // kBits: the record leaves it out
+  bool is_injective;
 };
 
 template <typename Format>
 constexpr BitTables<Format> MakeBitTables() {
-  BitTables<Format> tables{};
-  constexpr int kBits = BitTables<Format>::kBits;
-  for (int i = 0; i < kBits; ++i) tables.record_bit[i] = kBits;
-  tables.is_permutation = true;
-  for (int i = 0; i < kBits; ++i) {
-    const int from = BlockBit<Format>(i);
-    if (from < 0 || from >= kBits || tables.record_bit[from] != kBits) {
-      tables.is_permutation = false;
+  using Tables = BitTables<Format>;
+  Tables tables{};
+  for (int i = 0; i < Tables::kSourceBits; ++i) tables.record_bit[i] = Tables::kBits;
+  tables.is_injective = true;
+  for (int i = 0; i < Tables::kBits; ++i) {
+    const int from = SourceBit<Format>(i);
+    if (from < 0 || from >= Tables::kSourceBits || tables.record_bit[from] != Tables::kBits) {
+      tables.is_injective = false;
       return tables;
     }
-    tables.block_bit[i] = static_cast<uint16_t>(from);
+    tables.source_bit[i] = static_cast<uint16_t>(from);
     tables.record_bit[from] = static_cast<uint16_t>(i);
   }
   return tables;
 }
 
-// Whether no bit is lost: the layout can be undone.
+// Whether no bit is there twice. Where nothing is derived none is left out, then: a permutation.
 template <typename Format>
-constexpr bool IsPermutation() {
-  if constexpr (HasTiling<Format>::value) return MakeBitTables<Format>().is_permutation;
-  return true;
+constexpr bool KeepsBits() {
+  return MakeBitTables<Format>().is_injective &&
+         (kDerivedBytes<Format> > 0 || Sizes<Format>::kBytes == Format::kBytes);
 }
 
-#define JAX_MOE_CASE(FORMAT) static_assert(IsPermutation<FORMAT>());
+#define JAX_MOE_CASE(FORMAT) static_assert(KeepsBits<FORMAT>());
 JAX_MOE_FORMATS(JAX_MOE_CASE)
 #undef JAX_MOE_CASE
 
@@ -470,4 +728,18 @@ JM_HD float NormBound(float largest_norm) {
 }
 
 }  // namespace tiled
+
+// Bytes of a block of a ggml_type in both layouts; zeros where there is no such format.
+struct BlockBytes {
+  int64_t gguf, tiled;
+};
+inline BlockBytes BlockBytesOf(int format) {
+  BlockBytes bytes = {};
+  VisitFormat(format, [&](auto decoder) {
+    using F = decltype(decoder);
+    bytes = {F::kBytes, tiled::Sizes<F>::kBytes};
+  });
+  return bytes;
+}
+
 }  // namespace jax_moe

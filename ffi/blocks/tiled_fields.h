@@ -8,6 +8,7 @@
 //   kWords           words of a unit
 //   kPositions       places at which masked fields stand, kShift bits apart, each needing a scale of its own
 //   kBias            what fields have more than the weights' integers
+//   kShifts          0; or fields leave out a plus or minus one, of which a unit has as many
 //   kPosition<i>     the place of pair i, weights 2 i and 2 i + 1
 //   Pair<i>(words)   its fields, in the low and the high half
 #pragma once
@@ -32,7 +33,7 @@ JM_HD uint32_t BytePerm(uint32_t a, uint32_t b, uint32_t selector) {
 
 // Integers in the low bits of a half.
 struct IntegerFields {
-  static constexpr int kExponent = -24;
+  static constexpr int kExponent = -24, kShifts = 0;
 };
 
 struct Fields4 : IntegerFields {
@@ -123,7 +124,7 @@ struct Fields8 : IntegerFields {
 // value times 2^-14, zero and the subnormal one included. Decoders' integers are twice the values.
 struct FieldsE2M1 {
   static constexpr int kWords = 4, kPositions = 1, kShift = 0;
-  static constexpr int kExponent = -15, kBias = 0;
+  static constexpr int kExponent = -15, kBias = 0, kShifts = 0;
   template <int i>
   static constexpr int kPosition = 0;
   template <int i>
@@ -158,8 +159,121 @@ struct FieldsIq4 : IntegerFields {
   }
 };
 
+// Signs of ones.
+struct Fields1 {
+  static constexpr int kWords = 1, kPositions = 1, kShift = 0;
+  static constexpr int kExponent = 0, kBias = 0, kShifts = 0;
+  template <int i>
+  static constexpr int kPosition = 0;
+  template <int i>
+  static JM_HD uint32_t Pair(const uint32_t* q) {
+    return (q[0] << (15 - i) & 0x80008000u) ^ 0xbc00bc00u;
+  }
+};
+
+// Bit pairs f, read as 8 f: high enough in the half that their scales stay in f16's range.
+template <int kUnitShifts>
+struct FieldsIq1 {
+  static constexpr int kWords = 2, kPositions = 3, kShift = 2;
+  static constexpr int kExponent = -23, kBias = 8, kShifts = kUnitShifts;
+  template <int i>
+  static constexpr int kPosition = i % 8 < 2 ? i % 8 : (i % 8 - 2) % 3;
+  template <int i>
+  static JM_HD uint32_t Pair(const uint32_t* q) {
+    const uint32_t w = q[i / 8];
+    const uint32_t placed = i % 8 < 2 ? w << 4 : i % 8 < 5 ? w : w >> 6;
+    return placed & (0x00300030u << 2 * kPosition<i>);
+  }
+};
+
+// Nibbles c of odd numbers 2 c - 15, read as 2 c: one more is the shift.
+struct FieldsIq3S {
+  static constexpr int kWords = 4, kPositions = 2, kShift = 4;
+  static constexpr int kExponent = -24, kBias = 16, kShifts = 1;
+  template <int i>
+  static constexpr int kPosition = i % 2;
+  template <int i>
+  static JM_HD uint32_t Pair(const uint32_t* q) {
+    const uint32_t w = i % 4 < 2 ? q[i / 4] << 1 : q[i / 4] >> 7;
+    return w & (i % 2 == 0 ? 0x001e001eu : 0x01e001e0u);
+  }
+};
+
+// Order::kOctal: three bits that index the eight bytes of kLow and kHigh.
+template <int kBits, uint32_t kLow, uint32_t kHigh>
+struct OctalFields : IntegerFields {
+  static constexpr int kWords = kBits, kPositions = 1, kShift = 0;
+  template <int i>
+  static constexpr int kPosition = 0;
+  // Those of pair i.
+  template <int i>
+  static JM_HD uint32_t Bytes(const uint32_t* q) {
+    // Pairs 2 n and 2 n + 1 share 16 bits: the compiler sees that the lookups are the same.
+    const uint32_t index = Eight<i / 4>(q);
+    const uint32_t four = BytePerm(kLow, kHigh, i / 2 % 2 == 0 ? index : index >> 16);
+    return BytePerm(four, 0, i % 2 == 0 ? 0x4140 : 0x4342);
+  }
+
+ private:
+  // Nibbles of weights 8 n .. 8 n + 7.
+  template <int n>
+  static JM_HD uint32_t Eight(const uint32_t* q) {
+    if constexpr (n < kBits) {
+      return q[n] & 0x77777777u;
+    } else {
+      return (q[0] >> 3 & 0x11111111u) | (q[1] >> 2 & 0x22222222u) | (q[2] >> 1 & 0x44444444u);
+    }
+  }
+};
+
+// 8, 25, 43 and, from index 4 on, their negatives, read as value + 64.
+struct FieldsIq2 : OctalFields<3, 0x406b5948u, 0x40152738u> {
+  static constexpr int kBias = 64;
+  template <int i>
+  static JM_HD uint32_t Pair(const uint32_t* q) {
+    return Bytes<i>(q);
+  }
+};
+
+// Magnitudes, and signs from their fourth bits.
+struct FieldsIq3 : OctalFields<4, 0x1c140c04u, 0x3e342c24u> {
+  static constexpr int kBias = 0;
+  template <int i>
+  static JM_HD uint32_t Pair(const uint32_t* q) {
+    return Bytes<i>(q) | (q[i / 4] << 4 * (i % 4) & 0x80008000u);
+  }
+};
+
 template <typename Format>
 struct FieldsOf;
+template <>
+struct FieldsOf<Q1_0> : Fields1 {};
+template <>
+struct FieldsOf<Q2_0> : Fields2 {
+  static constexpr int kBias = 1;
+};
+template <>
+struct FieldsOf<TQ1_0> : Fields2 {
+  static constexpr int kBias = 1;
+};
+template <>
+struct FieldsOf<TQ2_0> : Fields2 {
+  static constexpr int kBias = 1;
+};
+template <>
+struct FieldsOf<IQ1_S> : FieldsIq1<1> {};
+template <>
+struct FieldsOf<IQ1_M> : FieldsIq1<4> {};
+template <>
+struct FieldsOf<IQ2_XXS> : FieldsIq2 {};
+template <>
+struct FieldsOf<IQ2_XS> : FieldsIq2 {};
+template <>
+struct FieldsOf<IQ2_S> : FieldsIq2 {};
+template <>
+struct FieldsOf<IQ3_XXS> : FieldsIq3 {};
+template <>
+struct FieldsOf<IQ3_S> : FieldsIq3S {};
 template <>
 struct FieldsOf<Q4_0> : Fields4 {
   static constexpr int kBias = 8;

@@ -10,18 +10,43 @@ namespace {
 template <typename F>
 inline constexpr tiled::BitTables<F> kTables = tiled::MakeBitTables<F>();
 
-// Bit i of `to` is bit source[i] of `from`.
-template <int kBytes>
-void PermuteBits(const uint8_t* from, const uint16_t (&source)[8 * kBytes], uint8_t* to) {
-  uint8_t bits[8 * kBytes];
-  for (int i = 0; i < kBytes; ++i) {
+// Bit i of `to` is bit source[i] of `from`, zero past its end.
+template <int kFrom, int kTo>
+void GatherBits(const uint8_t (&from)[kFrom], const uint16_t (&source)[8 * kTo],
+                uint8_t (&to)[kTo]) {
+  uint8_t bits[8 * kFrom + 1];
+  for (int i = 0; i < kFrom; ++i) {
     for (int b = 0; b < 8; ++b) bits[8 * i + b] = from[i] >> b & 1;
   }
-  for (int i = 0; i < kBytes; ++i) {
+  bits[8 * kFrom] = 0;
+  for (int i = 0; i < kTo; ++i) {
     unsigned byte = 0;
     for (int b = 0; b < 8; ++b) byte |= static_cast<unsigned>(bits[source[8 * i + b]]) << b;
     to[i] = static_cast<uint8_t>(byte);
   }
+}
+
+template <typename F>
+using Record = uint8_t[tiled::Sizes<F>::kBytes];
+
+template <typename F>
+void PackBlock(const uint8_t* block, Record<F>& record) {
+  uint8_t source[tiled::Sizes<F>::kSourceBytes];
+  std::memcpy(source, block, F::kBytes);
+  if constexpr (tiled::kDerivedBytes<F> > 0) {
+    for (int unit = 0; unit < tiled::Sizes<F>::kUnits; ++unit) {
+      Tiling<F>::Derive(block, unit, source + F::kBytes);
+    }
+  }
+  GatherBits(source, kTables<F>.source_bit, record);
+}
+
+template <typename F>
+void UnpackBlock(const Record<F>& record, uint8_t* block) {
+  uint8_t source[tiled::Sizes<F>::kSourceBytes];
+  GatherBits(record, kTables<F>.record_bit, source);
+  if constexpr (tiled::kDerivedBytes<F> > 0) Tiling<F>::Restore(source + F::kBytes, source);
+  std::memcpy(block, source, F::kBytes);
 }
 
 // Calls f(offset in the band, offset in the record, bytes) for every element of a block's record.
@@ -41,29 +66,28 @@ void ForEachElement(int row, int64_t block, int64_t units, Copy&& copy) {
   copy_planes(S::kUnits * S::kUnitBytes, typename Tiling<F>::RowPlanes());
 }
 
-// f(row of the band, block of the row, the block's place in GGUF's layout) for a band's blocks.
-template <typename F, typename Block>
-void ForEachBlock(int64_t row_bytes, Block&& f) {
+// f(row of the band, block of the row) for a band's blocks.
+template <typename Block>
+void ForEachBlock(int64_t blocks, Block&& f) {
   for (int row = 0; row < kBandRows; ++row) {
-    for (int64_t block = 0; block < row_bytes / F::kBytes; ++block) {
-      f(row, block, row * row_bytes + block * F::kBytes);
-    }
+    for (int64_t block = 0; block < blocks; ++block) f(row, block);
   }
 }
 
 template <typename F>
-void PackBand(const uint8_t* data, int64_t row_bytes, uint8_t* band, float* aux) {
-  const int64_t units = row_bytes / F::kBytes * tiled::Sizes<F>::kUnits;
+void PackBand(const uint8_t* data, int64_t blocks, uint8_t* band, float* aux) {
+  const int64_t units = blocks * tiled::Sizes<F>::kUnits;
   uint32_t largest[kBandRows] = {};
   double squares[kBandRows] = {};
-  ForEachBlock<F>(row_bytes, [&](int row, int64_t block, int64_t place) {
-    uint8_t record[F::kBytes];
-    PermuteBits<F::kBytes>(data + place, kTables<F>.block_bit, record);
+  ForEachBlock(blocks, [&](int row, int64_t block) {
+    const uint8_t* from = data + (row * blocks + block) * F::kBytes;
+    Record<F> record;
+    PackBlock<F>(from, record);
     ForEachElement<F>(row, block, units, [&](int64_t in_band, int in_record, int bytes) {
       std::memcpy(band + in_band, record + in_record, bytes);
     });
     for (int unit = 0; unit < tiled::Sizes<F>::kUnits; ++unit) {
-      tiled::MeasureUnit<F>(data + place, unit, largest[row], squares[row]);
+      tiled::MeasureUnit<F>(from, unit, largest[row], squares[row]);
     }
   });
   for (int row = 0; row < kBandRows; ++row) {
@@ -73,14 +97,14 @@ void PackBand(const uint8_t* data, int64_t row_bytes, uint8_t* band, float* aux)
 }
 
 template <typename F>
-void UnpackBand(const uint8_t* band, int64_t row_bytes, uint8_t* data) {
-  const int64_t units = row_bytes / F::kBytes * tiled::Sizes<F>::kUnits;
-  ForEachBlock<F>(row_bytes, [&](int row, int64_t block, int64_t place) {
-    uint8_t record[F::kBytes];
+void UnpackBand(const uint8_t* band, int64_t blocks, uint8_t* data) {
+  const int64_t units = blocks * tiled::Sizes<F>::kUnits;
+  ForEachBlock(blocks, [&](int row, int64_t block) {
+    Record<F> record;
     ForEachElement<F>(row, block, units, [&](int64_t in_band, int in_record, int bytes) {
       std::memcpy(record + in_record, band + in_band, bytes);
     });
-    PermuteBits<F::kBytes>(record, kTables<F>.record_bit, data + place);
+    UnpackBlock<F>(record, data + (row * blocks + block) * F::kBytes);
   });
 }
 
@@ -90,8 +114,8 @@ void BoundNorms(int64_t rows, float* aux) {
   for (int64_t row = 0; row < rows; ++row) aux[2 * row + 1] = tiled::NormBound(largest);
 }
 
-bool IsLarge(const RepackShape& shape) {
-  return shape.experts * shape.rows * shape.row_bytes >= 1 << 16;
+bool IsLarge(int format, const RepackShape& shape) {
+  return shape.experts * shape.rows * shape.blocks * BlockBytesOf(format).gguf >= 1 << 16;
 }
 
 }  // namespace
@@ -99,38 +123,35 @@ bool IsLarge(const RepackShape& shape) {
 void RunRepack(int format, const RepackShape& shape, const uint8_t* data, uint8_t* tiled,
                float* aux, const Executor& executor) {
   const int64_t bands = shape.experts * shape.rows / kBandRows;
-  VisitTiledFormat(format, [&](auto decoder) {
+  VisitFormat(format, [&](auto decoder) {
+    using F = decltype(decoder);
     RunPhases(executor,
               {{bands,
                 [&](int64_t band) {
-                  const int64_t place = band * kBandRows * shape.row_bytes;
-                  PackBand<decltype(decoder)>(data + place, shape.row_bytes, tiled + place,
-                                              aux + band * kBandRows * 2);
+                  const int64_t block = band * kBandRows * shape.blocks;
+                  PackBand<F>(data + block * F::kBytes, shape.blocks,
+                              tiled + block * tiled::Sizes<F>::kBytes, aux + band * kBandRows * 2);
                 }},
                {shape.experts,
                 [&](int64_t expert) { BoundNorms(shape.rows, aux + expert * shape.rows * 2); }}},
-              IsLarge(shape));
+              IsLarge(format, shape));
   });
 }
 
 void RunUnpack(int format, const RepackShape& shape, const uint8_t* tiled, uint8_t* data,
                const Executor& executor) {
   const int64_t bands = shape.experts * shape.rows / kBandRows;
-  VisitTiledFormat(format, [&](auto decoder) {
+  VisitFormat(format, [&](auto decoder) {
+    using F = decltype(decoder);
     RunPhases(executor,
               {{bands,
                 [&](int64_t band) {
-                  const int64_t place = band * kBandRows * shape.row_bytes;
-                  UnpackBand<decltype(decoder)>(tiled + place, shape.row_bytes, data + place);
+                  const int64_t block = band * kBandRows * shape.blocks;
+                  UnpackBand<F>(tiled + block * tiled::Sizes<F>::kBytes, shape.blocks,
+                                data + block * F::kBytes);
                 }}},
-              IsLarge(shape));
+              IsLarge(format, shape));
   });
-}
-
-int64_t TiledBlockBytes(int format) {
-  int64_t bytes = 0;
-  VisitTiledFormat(format, [&](auto decoder) { bytes = decltype(decoder)::kBytes; });
-  return bytes;
 }
 
 }  // namespace jax_moe::cpu

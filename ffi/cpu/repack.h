@@ -7,9 +7,9 @@
 
 namespace jax_moe::cpu {
 
-// Weights [experts, rows, row_bytes] of a format that can be tiled; kBandRows divides rows.
+// Weights [experts, rows, blocks]; kBandRows divides rows.
 struct RepackShape {
-  int64_t experts, rows, row_bytes;
+  int64_t experts, rows, blocks;
 };
 
 // aux is [experts, rows, 2].
@@ -17,8 +17,5 @@ void RunRepack(int format, const RepackShape& shape, const uint8_t* data, uint8_
                float* aux, const Executor& executor);
 void RunUnpack(int format, const RepackShape& shape, const uint8_t* tiled, uint8_t* data,
                const Executor& executor);
-
-// Bytes of a block, 0 where there is no such format or it cannot be tiled.
-int64_t TiledBlockBytes(int format);
 
 }  // namespace jax_moe::cpu

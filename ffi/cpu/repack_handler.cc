@@ -8,25 +8,25 @@
 namespace jax_moe::cpu {
 namespace {
 
-RepackShape RequireOperands(Checker& check, const ffi::AnyBuffer& from, const ffi::AnyBuffer& to,
-                            int format) {
+RepackShape RequireOperands(Checker& check, const ffi::AnyBuffer& data,
+                            const ffi::AnyBuffer& tiled, int format) {
   RepackShape shape = {};
-  const int64_t block_bytes = TiledBlockBytes(format);
-  if (!check.Require(block_bytes > 0,
-                     "format " + std::to_string(format) + " has no tiled layout") ||
-      !check.Require(from.element_type() == ffi::DataType::U8 && from.dimensions().size() == 3,
-                     "data has shape " + ShapeText(from) + ", expected uint8 of rank 3")) {
+  const BlockBytes bytes = BlockBytesOf(format);
+  if (!check.Require(bytes.gguf > 0, "unknown format " + std::to_string(format)) ||
+      !check.Require(data.element_type() == ffi::DataType::U8 && data.dimensions().size() == 3,
+                     "data has shape " + ShapeText(data) + ", expected uint8 of rank 3")) {
     return shape;
   }
-  shape = {from.dimensions()[0], from.dimensions()[1], from.dimensions()[2]};
+  const int64_t row_bytes = data.dimensions()[2];
+  shape = {data.dimensions()[0], data.dimensions()[1], row_bytes / bytes.gguf};
   check.Require(shape.rows % kBandRows == 0,
                 "data has " + std::to_string(shape.rows) + " rows, expected a multiple of " +
                     std::to_string(kBandRows));
-  check.Require(shape.row_bytes % block_bytes == 0,
-                "data has rows of " + std::to_string(shape.row_bytes) +
-                    " bytes, expected a multiple of " + std::to_string(block_bytes));
-  check.RequireShape("the result", to, ffi::DataType::U8,
-                     {shape.experts, shape.rows, shape.row_bytes});
+  check.Require(row_bytes % bytes.gguf == 0,
+                "data has rows of " + std::to_string(row_bytes) +
+                    " bytes, expected a multiple of " + std::to_string(bytes.gguf));
+  check.RequireShape("tiled", tiled, ffi::DataType::U8,
+                     {shape.experts, shape.rows, shape.blocks * bytes.tiled});
   return shape;
 }
 
@@ -45,7 +45,7 @@ ffi::Error Repack(ffi::ThreadPool pool, ffi::AnyBuffer data, ffi::Result<ffi::An
 ffi::Error Unpack(ffi::ThreadPool pool, ffi::AnyBuffer tiled, ffi::Result<ffi::AnyBuffer> data,
                   int32_t format) {
   Checker check("jax_moe_unpack");
-  const RepackShape shape = RequireOperands(check, tiled, *data, format);
+  const RepackShape shape = RequireOperands(check, *data, tiled, format);
   if (!check.ok()) return check.error();
   RunUnpack(format, shape, static_cast<const uint8_t*>(tiled.untyped_data()),
             static_cast<uint8_t*>(data->untyped_data()), ExecutorOf(pool));

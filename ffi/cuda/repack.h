@@ -7,13 +7,10 @@
 
 namespace jax_moe::cuda {
 
-// Weights [experts, rows, row_bytes]; rows is a multiple of kBandRows.
+// Weights [experts, rows, blocks]; rows is a multiple of kBandRows.
 struct RepackShape {
-  int64_t experts, rows, row_bytes;
+  int64_t experts, rows, blocks;
 };
-
-// Bytes of a block, 0 where there is no such format or it cannot be tiled.
-int64_t TiledBlockBytes(int format);
 
 // aux is [experts, rows, 2].
 cudaError_t LaunchRepack(int format, const RepackShape& shape, const uint8_t* data, uint8_t* tiled,

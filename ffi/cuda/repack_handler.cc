@@ -14,28 +14,29 @@ namespace {
 using Weights = ffi::BufferR3<ffi::U8>;
 using Aux = ffi::BufferR3<ffi::F32>;
 
-RepackShape ShapeOf(const Weights& data) {
-  return {data.dimensions()[0], data.dimensions()[1], data.dimensions()[2]};
+// Of data in GGUF's layout.
+RepackShape ShapeOf(const Weights& data, int format) {
+  const auto dims = data.dimensions();
+  return {dims[0], dims[1], dims[2] / BlockBytesOf(format).gguf};
 }
 
 // What is wrong with a call, none if nothing.
-std::optional<ffi::Error> Complaint(const std::string& op, const Weights& from, const Weights& to,
-                                    int format) {
-  const int64_t block_bytes = TiledBlockBytes(format);
-  if (block_bytes == 0) {
-    return Invalid(op, "format " + std::to_string(format) + " has no tiled layout");
-  }
-  const RepackShape shape = ShapeOf(from), result = ShapeOf(to);
-  if (shape.rows % kBandRows != 0 || shape.row_bytes % block_bytes != 0) {
+std::optional<ffi::Error> Complaint(const std::string& op, const Weights& data,
+                                    const Weights& tiled, int format) {
+  const BlockBytes bytes = BlockBytesOf(format);
+  if (bytes.gguf == 0) return Invalid(op, "unknown format " + std::to_string(format));
+  const RepackShape shape = ShapeOf(data, format);
+  if (shape.rows % kBandRows != 0 || data.dimensions()[2] % bytes.gguf != 0) {
     return Invalid(op, "data must be [experts, a multiple of 16, of " +
-                           std::to_string(block_bytes) + "], not " + ShapeText(from));
+                           std::to_string(bytes.gguf) + "], not " + ShapeText(data));
   }
-  if (result.experts != shape.experts || result.rows != shape.rows ||
-      result.row_bytes != shape.row_bytes) {
-    return Invalid(op, "the result " + ShapeText(to) + " must have data's shape " +
-                           ShapeText(from));
+  const auto dims = tiled.dimensions();
+  if (dims[0] != shape.experts || dims[1] != shape.rows || dims[2] != shape.blocks * bytes.tiled) {
+    return Invalid(op, "tiled data " + ShapeText(tiled) + " must have " +
+                           std::to_string(bytes.tiled) + " bytes for each block of data " +
+                           ShapeText(data));
   }
-  if (!IsAligned(from.untyped_data()) || !IsAligned(to.untyped_data())) {
+  if (!IsAligned(data.untyped_data()) || !IsAligned(tiled.untyped_data())) {
     return Invalid(op, "data is not aligned to 16 bytes");
   }
   return std::nullopt;
@@ -45,7 +46,7 @@ ffi::Error Repack(cudaStream_t stream, Weights data, ffi::Result<Weights> tiled,
                   ffi::Result<Aux> aux, int32_t format) {
   const std::string op = "jax_moe_repack";
   if (const auto complaint = Complaint(op, data, *tiled, format)) return *complaint;
-  const RepackShape shape = ShapeOf(data);
+  const RepackShape shape = ShapeOf(data, format);
   const auto dims = aux->dimensions();
   if (dims[0] != shape.experts || dims[1] != shape.rows || dims[2] != 2) {
     return Invalid(op, "aux must be [experts, rows, 2], not " + ShapeText(*aux));
@@ -57,9 +58,9 @@ ffi::Error Repack(cudaStream_t stream, Weights data, ffi::Result<Weights> tiled,
 
 ffi::Error Unpack(cudaStream_t stream, Weights tiled, ffi::Result<Weights> data, int32_t format) {
   const std::string op = "jax_moe_unpack";
-  if (const auto complaint = Complaint(op, tiled, *data, format)) return *complaint;
+  if (const auto complaint = Complaint(op, *data, tiled, format)) return *complaint;
   if (tiled.element_count() == 0) return ffi::Error::Success();
-  return CudaError(op, LaunchUnpack(format, ShapeOf(tiled), tiled.typed_data(),
+  return CudaError(op, LaunchUnpack(format, ShapeOf(*data, format), tiled.typed_data(),
                                     data->typed_data(), stream));
 }
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "ffi/blocks/tiled.h"
+#include "ffi/blocks/formats.h"
 #include "ffi/cuda/launch_early.h"
 
 namespace jax_moe::cuda {
@@ -27,7 +27,7 @@ cudaError_t LaunchPersistent(const TiledKernel& kernel, TiledArgs args, cudaStre
 
 const TiledKernels* FindTiledKernels(int format) {
   const TiledKernels* kernels = nullptr;
-  VisitTiledFormat(format, [&](auto decoder) { kernels = &Tiled<decltype(decoder)>(); });
+  VisitFormat(format, [&](auto decoder) { kernels = &Tiled<decltype(decoder)>(); });
   return kernels;
 }
 

@@ -80,7 +80,7 @@ struct TiledKernels {
 template <typename Format>
 const TiledKernels& Tiled();
 
-// The kernels for weights of ggml_type `format`; null where the format has no tiled layout.
+// The kernels for weights of ggml_type `format`; null where there is no such format.
 const TiledKernels* FindTiledKernels(int format);
 
 cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t stream);

@@ -20,8 +20,9 @@ TiledKernel DescribeTiledWide() {
           /*blocks=*/0};
 }
 
-template <typename Format>
+template <typename GgufFormat>
 const TiledKernels& Tiled() {
+  using Format = TiledBlock<GgufFormat>;
   using Narrow = TiledNarrowShape<Format>;
   static const TiledKernels kernels = {
       {reinterpret_cast<const void*>(&TiledNarrow<Format>), 32 * Narrow::kWarps, Narrow::kTokens,

@@ -1,11 +1,13 @@
-// The formats with a tiled layout: what lies in which plane of an atom, and how a group's scale is made of it.
+// What lies in which plane of an atom of a tiled format, and how a group's scale is made of it.
 //
 // kChunks of an atom; kCentre: about what the offset takes from fields, in scales; kScaleWords: what Load
-// fills besides the fields; Scale: the group's scale and, with an offset, its offset, in float32.
+// fills besides the fields; Scale: the group's scale and, with an offset, its offset, in float32;
+// where fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale.
 #pragma once
 
 #include <cuda_fp16.h>
 
+#include "ffi/blocks/tiled.h"
 #include "ffi/blocks/tiled_fields.h"
 
 namespace jax_moe::cuda {
@@ -277,6 +279,169 @@ struct TiledUnit<IQ4_XS> {
     return {HalfBits(s[0] & 0xffffu) * (SmallFloat(six) - 32.0f), 0.0f};
   }
 };
+
+template <>
+struct TiledUnit<TQ2_0> {
+  static constexpr int kChunks = 2, kScaleWords = 1, kCentre = 0;
+  using Place = TiledPlace<kChunks>;
+  JM_LOAD {
+    LoadWords<2>(atom + at.Unit(0, 8), q);
+    s[0] = LoadHalf(atom + at.Row(8, 0, 2));
+  }
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int) {
+    return {HalfBits(s[0]), 0.0f};
+  }
+};
+
+template <>
+struct TiledUnit<TQ1_0> : TiledUnit<TQ2_0> {};
+
+template <>
+struct TiledUnit<Q1_0> : HalfScaled<Q1_0> {
+  JM_LOAD {
+    LoadWords<1>(atom + at.Unit(0, 4), q);
+    s[0] = LoadHalf(atom + at.Row(4, 0, 2));
+  }
+};
+
+template <>
+struct TiledUnit<Q2_0> : HalfScaled<Q2_0> {
+  JM_LOAD {
+    LoadWords<2>(atom + at.Unit(0, 8), q);
+    // A block's two units have a byte each.
+    s[0] = LoadHalf(atom + (at.Unit(8, 1) & ~1));
+  }
+};
+
+// Four bits a unit and then d, after kBefore bytes a unit.
+template <int kBefore>
+struct FourBitScaled {
+  static constexpr int kChunks = 2, kScaleWords = 2;
+  using Place = TiledPlace<kChunks>;
+  static __device__ __forceinline__ void LoadScales(const uint8_t* atom, const Place& at,
+                                                    uint32_t* s) {
+    LoadWords<1>(atom + at.Row(kBefore, 0, 4), s);
+    s[1] = LoadHalf(atom + at.Row(kBefore, 4, 2));
+  }
+  static __device__ __forceinline__ uint32_t FourBits(const uint32_t* s, const Place& at) {
+    return s[0] >> (16 * at.chunk + 4 * at.unit) & 15;
+  }
+};
+
+// An eighth of 2 * scale + 1: fields are eight times the values of the code words.
+__device__ __forceinline__ float Iq1Factor(uint32_t scale) {
+  return SmallFloat(2 * (scale & 7) + 1) * 0.125f;
+}
+
+template <>
+struct TiledUnit<IQ1_S> : FourBitScaled<8> {
+  static constexpr int kCentre = 8;
+  JM_LOAD {
+    LoadWords<2>(atom + at.Unit(0, 8), q);
+    LoadScales(atom, at, s);
+  }
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
+    return {HalfBits(s[1]) * Iq1Factor(FourBits(s, at)), 0.0f};
+  }
+  static __device__ __forceinline__ bool IsNegative(const uint32_t* s, const Place& at, int) {
+    return FourBits(s, at) > 7;
+  }
+};
+
+template <>
+struct TiledUnit<IQ1_M> {
+  static constexpr int kChunks = 2, kScaleWords = 3, kCentre = 8;
+  using Place = TiledPlace<kChunks>;
+  JM_LOAD {
+    LoadWords<2>(atom + at.Unit(0, 8), q);
+    LoadWords<3>(atom + at.Row(8, 0, 12), s);
+  }
+  // Two scales of three bits, four signs.
+  static __device__ __forceinline__ uint32_t TenBits(const uint32_t* s, const Place& at) {
+    const bool late = at.unit >= 2;
+    return __funnelshift_r(late ? s[1] : s[0], late ? s[2] : s[1], 20 * at.unit) >> 10 * at.chunk;
+  }
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int group) {
+    return {HalfBits(s[2] >> 16) * Iq1Factor(TenBits(s, at) >> 3 * group), 0.0f};
+  }
+  static __device__ __forceinline__ bool IsNegative(const uint32_t* s, const Place& at, int shift) {
+    return TenBits(s, at) >> (6 + shift) & 1;
+  }
+};
+
+template <>
+struct TiledUnit<IQ2_XXS> : FourBitScaled<12> {
+  static constexpr int kCentre = 0;
+  JM_LOAD {
+    LoadWords<2>(atom + at.Unit(0, 8), q);
+    LoadWords<1>(atom + at.Unit(8, 4), q + 2);
+    LoadScales(atom, at, s);
+  }
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
+    return {HalfBits(s[1]) * fmaf(SmallFloat(FourBits(s, at)), 0.25f, 0.125f), 0.0f};
+  }
+};
+
+// A byte with two scales a unit, and d.
+struct TwoScaleIq2 {
+  static constexpr int kChunks = 2, kScaleWords = 2, kCentre = 0;
+  using Place = TiledPlace<kChunks>;
+  JM_LOAD {
+    LoadWords<2>(atom + at.Unit(0, 8), q);
+    LoadWords<1>(atom + at.Unit(8, 4), q + 2);
+    s[0] = atom[at.Unit(12, 1)];
+    s[1] = LoadHalf(atom + at.Row(13, 0, 2));
+  }
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group) {
+    return {HalfBits(s[1]) * fmaf(SmallFloat(s[0] >> 4 * group & 15), 0.25f, 0.125f), 0.0f};
+  }
+};
+template <>
+struct TiledUnit<IQ2_XS> : TwoScaleIq2 {};
+template <>
+struct TiledUnit<IQ2_S> : TwoScaleIq2 {};
+
+template <>
+struct TiledUnit<IQ3_XXS> : FourBitScaled<16> {
+  static constexpr int kCentre = 0;
+  JM_LOAD {
+    LoadWords<4>(atom + at.Unit(0, 16), q);
+    LoadScales(atom, at, s);
+  }
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
+    return {HalfBits(s[1]) * fmaf(SmallFloat(FourBits(s, at)), 0.5f, 0.25f), 0.0f};
+  }
+};
+
+template <>
+struct TiledUnit<IQ3_S> : FourBitScaled<16> {
+  static constexpr int kCentre = 16;
+  JM_LOAD {
+    LoadWords<4>(atom + at.Unit(0, 16), q);
+    LoadScales(atom, at, s);
+  }
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
+    return {HalfBits(s[1]) * SmallFloat(2 * FourBits(s, at) + 1), 0.0f};
+  }
+  static __device__ __forceinline__ bool IsNegative(const uint32_t*, const Place&, int) {
+    return false;
+  }
+};
 #undef JM_LOAD
 
+// A format with the bytes that a block has in the tiled layout: what the kernels are compiled for.
+template <typename Format>
+struct TiledBlock : Format {
+  static constexpr int kBytes = tiled::Sizes<Format>::kBytes;
+};
+template <typename Format>
+struct TiledUnit<TiledBlock<Format>> : TiledUnit<Format> {};
+
 }  // namespace jax_moe::cuda
+
+namespace jax_moe {
+
+template <typename Format>
+struct FieldsOf<cuda::TiledBlock<Format>> : FieldsOf<Format> {};
+
+}  // namespace jax_moe

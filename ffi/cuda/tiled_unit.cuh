@@ -43,6 +43,12 @@ class LaneUnit {
         offset_[group] = BothHalves(fmaf(affine.scale, static_cast<float>(Tiled::kCentre),
                                          affine.offset) *
                                     (normaliser * 0x1p-24f));
+      } else if constexpr (Fields::kShifts > 0) {
+        const half2 shift = BothHalves(affine.scale * (normaliser * 0x1p-24f));
+#pragma unroll
+        for (int i = group * kOffsets / kGroups; i < (group + 1) * kOffsets / kGroups; ++i) {
+          offset_[i] = Tiled::IsNegative(s, at, i) ? __hneg2(shift) : shift;
+        }
       } else if constexpr (Fields::kBias != 0) {
         // A multiple of the rounded scale, so that a field of kBias is exactly zero.
         offset_[group] = __hmul2(scale, BothHalves(-Fields::kBias * 0x1p-24f));
@@ -64,6 +70,7 @@ class LaneUnit {
 
  private:
   static constexpr bool kAddsOffset = Format::kHasOffset || Fields::kBias != 0;
+  static constexpr int kOffsets = Fields::kShifts > 0 ? Fields::kShifts : kGroups;
   // What the normaliser's 2^24 has too much for fields that are not multiples of 2^-24.
   static constexpr float kFieldUnit = 1.0f / (1 << (24 + Fields::kExponent));
 
@@ -74,11 +81,12 @@ class LaneUnit {
     half2 field = Halves(Fields::template Pair<i>(q_));
     if constexpr (Tiled::kCentre > 0) {
       // Both are integers times 2^-24: exact.
-      constexpr uint32_t kCentre = (Tiled::kCentre << position * Fields::kShift) * 0x00010001u;
+      constexpr uint32_t kCentre =
+          (Tiled::kCentre << (position * Fields::kShift + 24 + Fields::kExponent)) * 0x00010001u;
       field = __hsub2(field, Halves(kCentre));
     }
     if constexpr (kAddsOffset) {
-      return Bits(__hfma2(field, scale_[group][position], offset_[group]));
+      return Bits(__hfma2(field, scale_[group][position], offset_[i * kOffsets / 16]));
     } else {
       return Bits(__hmul2(field, scale_[group][position]));
     }
@@ -86,7 +94,7 @@ class LaneUnit {
 
   uint32_t q_[Fields::kWords];
   half2 scale_[kGroups][Fields::kPositions];
-  half2 offset_[kGroups];  // where kAddsOffset
+  half2 offset_[kOffsets];  // where kAddsOffset
 };
 
 template <typename Format>

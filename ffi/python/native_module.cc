@@ -8,9 +8,9 @@
 #include <utility>
 
 #include "ffi/blocks/dequantize.h"
+#include "ffi/blocks/tiled.h"
 #include "ffi/cpu/handlers.h"
 #include "ffi/cpu/kernels.h"
-#include "ffi/cpu/repack.h"
 #include "ffi/cpu/route_handlers.h"
 #include "ffi/plan/cpu.h"
 #include "ffi/plan/cuda.h"
@@ -112,7 +112,7 @@ NB_MODULE(_native, m) {
   m.def("build_info", &BuildInfo);
   m.def("cpu_handlers", &CpuHandlers);
   m.def("dequantize", &DequantizeRows, "type"_a, "data"_a);
-  m.def("can_be_tiled", [](int type) { return cpu::TiledBlockBytes(type) > 0; }, "type"_a);
+  m.def("tiled_block_bytes", [](int type) { return BlockBytesOf(type).tiled; }, "type"_a);
 
   nb::class_<plan::GemmProblem>(m, "GemmProblem")
       .def(

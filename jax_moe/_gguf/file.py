@@ -125,8 +125,8 @@ class GGUFFile:
             mesh gets a copy. With `NamedSharding(mesh, P("expert"))` every device holds its share
             of the experts.
           prepack: whether to bring every packed weight into the layout that GPUs read fastest, as
-            `PackedExperts.prepack` does, once it is on the device. No more than one weight is then
-            there twice.
+            `PackedExperts.prepack` does, once it is on the device; some formats grow by that. No
+            more than one weight is then there twice.
           progress: whether to show a progress bar on stderr when the load takes more than a second;
             None: if stderr is a terminal.
 

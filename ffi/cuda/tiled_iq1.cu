@@ -1,0 +1,4 @@
+#include "ffi/cuda/tiled_instantiate.cuh"
+
+JAX_MOE_INSTANTIATE_TILED(IQ1_S)
+JAX_MOE_INSTANTIATE_TILED(IQ1_M)
