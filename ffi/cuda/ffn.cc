@@ -1,5 +1,7 @@
 #include "ffi/cuda/ffn.h"
 
+#include <algorithm>
+
 #include "ffi/cuda/combine.h"
 
 namespace jax_moe::cuda {
@@ -28,6 +30,17 @@ bool FewPairs(const Ffn& ffn) {
   return ffn.pairs <= 32 && ffn.TiledTile() == plan::CudaTiledTile::kNarrow;
 }
 
+// What RunDown reads first: as much as the memory delivers while a kernel ends and the next one begins.
+UpcomingBands UpcomingDown(const Ffn& ffn) {
+  constexpr int64_t kBytes = 8 << 20, kBandRows = 16;
+  const Weight& down = ffn.down;
+  const int64_t bands = down.rows / kBandRows, band_bytes = kBandRows * down.row_bytes;
+  const int64_t bytes = std::min(band_bytes, kBytes / (ffn.pairs * bands) / 128 * 128);
+  if (bytes == 0) return {};
+  return {down.data, down.rows * down.row_bytes, band_bytes, static_cast<int32_t>(bands),
+          static_cast<uint32_t>(bytes)};
+}
+
 cudaError_t RunDown(const Ffn& ffn, const PreparedRows& h, cudaStream_t stream) {
   const Weight& down = ffn.down;
   const Activations prepared = ViewPrepared(h);
@@ -42,8 +55,6 @@ cudaError_t RunDown(const Ffn& ffn, const PreparedRows& h, cudaStream_t stream) 
   args.experts = ffn.experts;
   args.tokens = static_cast<int32_t>(ffn.tokens);
   args.top_k = ffn.top_k;
-  // Enough parts for the eight warps of a block.
-  args.log_splits = ffn.pairs >= 8 ? 0 : ffn.pairs >= 4 ? 1 : 2;
   args.weights = ffn.weights_before ? nullptr : ffn.weights;
   args.projection = ffn.down_projection;
   args.y = ffn.y;
@@ -107,7 +118,8 @@ class Products {
     const TiledKernel& kernel = ChooseTiledKernel(up, ffn_.TiledTile());
     Lists lists = {};
     cudaError_t status;
-    if (FewPairs(ffn_)) {
+    const bool few = FewPairs(ffn_);
+    if (few) {
       lists.expert_ids = ffn_.expert_ids;
       lists.experts = ffn_.experts;
       lists.max_tiles = ffn_.pairs;
@@ -138,6 +150,7 @@ class Products {
     args.limit = ffn_.limit;
     args.beta = ffn_.beta;
     args.linear_beta = ffn_.linear_beta;
+    if (few) args.upcoming = UpcomingDown(ffn_);
     return LaunchTiled(kernel, args, stream_);
   }
 

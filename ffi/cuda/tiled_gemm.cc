@@ -9,8 +9,22 @@
 namespace jax_moe::cuda {
 namespace {
 
-cudaError_t Launch(const TiledKernel& kernel, dim3 grid, void** parameters, cudaStream_t stream) {
-  return LaunchEarly(kernel.function, grid, kernel.threads, kernel.shared_bytes, stream, parameters);
+cudaError_t Launch(const TiledKernel& kernel, dim3 grid, void** parameters, cudaStream_t stream,
+                   int cluster = 1) {
+  return LaunchEarly(kernel.function, grid, kernel.threads, kernel.shared_bytes, stream, parameters,
+                     cluster);
+}
+
+// The blocks for each of `bands` that take least time: in so many rounds, each of a part of a band.
+int ChooseDownSplits(int64_t bands, int64_t places) {
+  int best = 1;
+  const auto cost = [&](int splits) {
+    return (bands * splits + places - 1) / places * (kMostDownSplits / splits);
+  };
+  for (int splits = 2; splits <= kMostDownSplits; splits *= 2) {
+    if (cost(splits) < cost(best)) best = splits;
+  }
+  return best;
 }
 
 // One block for every place on the device, but no more than there are items.
@@ -44,11 +58,12 @@ cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t 
   return Launch(kernel, *grid, parameters, stream);
 }
 
-cudaError_t LaunchTiledDown(const TiledKernel& kernel, const TiledDownArgs& args,
-                            cudaStream_t stream) {
-  void* parameters[] = {const_cast<TiledDownArgs*>(&args)};
-  return Launch(kernel, dim3(static_cast<unsigned>(args.y_pitch / kernel.block_rows)), parameters,
-                stream);
+cudaError_t LaunchTiledDown(const TiledKernel& kernel, TiledDownArgs args, cudaStream_t stream) {
+  const int64_t bands = args.y_pitch / kernel.block_rows;
+  args.splits = IsHopper() ? ChooseDownSplits(bands, int64_t{Multiprocessors()} * kernel.blocks) : 1;
+  void* parameters[] = {&args};
+  return Launch(kernel, dim3(static_cast<unsigned>(bands * args.splits)), parameters, stream,
+                args.splits);
 }
 
 cudaError_t ConfigureTiled(const TiledKernels& kernels, bool hopper) {

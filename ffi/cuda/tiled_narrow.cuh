@@ -78,29 +78,28 @@ class NarrowWarp {
     schedule_ = NarrowSchedule::Choose(
         items_, Warps(), (args_.columns + Shape::kStep - 1) / Shape::kStep, matrices_);
     in_rest_ = schedule_.whole == 0;
-    item_ = in_rest_ ? FirstOfRest() : GridWarp() >> schedule_.log_splits;
+    item_ = in_rest_ ? FirstOfRest() : Team(schedule_.log_splits);
     Share share = {}, next = {};
     bool more = item_ < items_;
     if (more) {
       next = ShareAt(few);
-      next_ = SourceOf(next);
+      LetFetch(next);
       FetchAhead();
-      LoadNormalisers(next);
     }
     if (early) WaitForEarlierKernels();
+    if (!more) Prefetch(few);
     while (more) {
       share = next;
       Advance();
       more = item_ < items_;
-      const float current[2][2] = {{normaliser_[0][0], normaliser_[0][1]},
-                                   {normaliser_[1][0], normaliser_[1][1]}};
       if (more) {
         next = ShareAt(few);
-        next_ = SourceOf(next);
-        LoadNormalisers(next);
+        LetFetch(next);
       }
       FetchAhead();
-      Item(share, current);
+      Multiply(share);
+      if (!more) Prefetch(few);
+      Finish(share);
     }
   }
 
@@ -111,17 +110,19 @@ class NarrowWarp {
     int band, log_splits, split;
   };
 
-  // Where a warp's steps are fetched from: those of one share, gate's first.
-  struct Source {
-    const uint8_t* band = nullptr;  // of the first matrix
-    int64_t to_second = 0;
-    int first = 1 << 30, stride = 0;  // bytes
+  // Where a share's weights are.
+  struct Bands {
+    int expert, band, log_splits, split;
   };
 
   __device__ __forceinline__ int Warps() const { return gridDim.x * Shape::kWarps; }
-  __device__ __forceinline__ int GridWarp() const { return blockIdx.x * Shape::kWarps + warp_; }
+  // Teams are numbered across the blocks, so that items that are too few for all of them are spread over
+  // all multiprocessors.
+  __device__ __forceinline__ int Team(int log_splits) const {
+    return (warp_ >> log_splits) * gridDim.x + blockIdx.x;
+  }
   __device__ __forceinline__ int FirstOfRest() const {
-    return schedule_.whole + (GridWarp() >> schedule_.rest_log_splits);
+    return schedule_.whole + Team(schedule_.rest_log_splits);
   }
   __device__ __forceinline__ int LogSplits() const {
     return in_rest_ ? schedule_.rest_log_splits : schedule_.log_splits;
@@ -151,89 +152,91 @@ class NarrowWarp {
     return {tile, item_ - index * bands_, LogSplits(), warp_ & ((1 << LogSplits()) - 1)};
   }
 
-  __device__ __forceinline__ const uint8_t* BandOf(int which, int expert, int band) const {
-    const TiledMatrix& matrix = args_.matrix[which];
-    return matrix.data + expert * matrix.expert_bytes + band * Shape::kRows * args_.row_bytes;
-  }
-  __device__ __forceinline__ Source SourceOf(const Share& share) const {
-    const uint8_t* first = BandOf(first_matrix_, share.tile.expert, share.band);
-    return {first, matrices_ == 2 ? BandOf(1, share.tile.expert, share.band) - first : 0,
-            share.split * Shape::kStageBytes, Shape::kStageBytes << share.log_splits};
+  __device__ __forceinline__ void LetFetch(const Share& share) {
+    next_ = {share.tile.expert, share.band, share.log_splits, share.split};
+    has_next_ = true;
   }
 
-  // Moves on to a step to fetch, of this share or the next one; false where there is none yet.
-  __device__ __forceinline__ bool HasStep() {
-    if (fetch_at_ < band_bytes_) return true;
+  // Moves on to the next band to fetch, of this share or the next one; false where there is none yet.
+  __device__ __forceinline__ bool NextBand() {
     if (fetch_matrix_ + 1 < matrices_) {
       ++fetch_matrix_;
-    } else if (next_.band != nullptr) {
-      source_ = next_;
-      next_ = {};
+    } else if (has_next_) {
+      fetched_ = next_;
+      has_next_ = false;
       fetch_matrix_ = 0;
     } else {
       return false;
     }
-    fetch_at_ = source_.first;
-    return true;  // a share has a step at least
+    const TiledMatrix& matrix = args_.matrix[first_matrix_ + fetch_matrix_];
+    const int row = fetched_.band * Shape::kRows, skipped = fetched_.split * Shape::kStageBytes;
+    fetch_from_ = matrix.data + fetched_.expert * matrix.expert_bytes + row * args_.row_bytes + skipped;
+    fetch_aux_ = matrix.aux + (fetched_.expert * matrix.expert_rows + row) * 2;
+    fetch_left_ = band_bytes_ - skipped;  // a share has a step at least
+    fetch_stride_ = Shape::kStageBytes << fetched_.log_splits;
+    return true;
+  }
+
+  __device__ __forceinline__ bool FetchStep() {
+    if (fetch_left_ <= 0 && !NextBand()) return false;
+    ring_.Fetch(fetch_from_, min(Shape::kStageBytes, fetch_left_), fetch_aux_);
+    fetch_from_ += fetch_stride_;
+    fetch_left_ -= fetch_stride_;
+    fetch_aux_ = nullptr;
+    return true;
   }
 
   __device__ __forceinline__ void FetchAhead() {
-    while (ring_.HasPlace() && HasStep()) {
-      const uint8_t* from = source_.band + (fetch_matrix_ == 0 ? 0 : source_.to_second);
-      ring_.Fetch(from + fetch_at_, min(Shape::kStageBytes, band_bytes_ - fetch_at_));
-      fetch_at_ += source_.stride;
+    while (ring_.HasPlace() && FetchStep()) {
     }
   }
 
-  // Those of rows lane / 4 and lane / 4 + 8 of the next share, a share ahead.
-  __device__ __forceinline__ void LoadNormalisers(const Share& share) {
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      if (m == matrices_) break;
-      const TiledMatrix& matrix = args_.matrix[first_matrix_ + m];
-      const float* aux = matrix.aux + (share.tile.expert * matrix.expert_rows +
-                                       share.band * Shape::kRows + lane_ / 4) * 2;
-      normaliser_[m][0] = aux[0];
-      normaliser_[m][1] = aux[16];
+  // This warp's part of the next kernel's bands.
+  __device__ __forceinline__ void Prefetch(const FewTiles& few) const {
+    const UpcomingBands& upcoming = args_.upcoming;
+    if (upcoming.data == nullptr || lane_ != 0) return;
+    const int bands = few.Number() * upcoming.bands;
+    for (int i = blockIdx.x * Shape::kWarps + warp_; i < bands; i += Warps()) {
+      const int tile = i / upcoming.bands, band = i - tile * upcoming.bands;
+      PrefetchL2(upcoming.data + few.Expert(tile) * upcoming.expert_bytes + band * upcoming.band_bytes,
+                 upcoming.bytes);
     }
   }
 
-  __device__ __forceinline__ void Item(const Share& share, const float (&normaliser)[2][2]) {
+  __device__ __forceinline__ void Multiply(const Share& share) {
     const int g = lane_ / 4, t = lane_ % 4;
     const WarpTile& tile = share.tile;
-    const half* x_row = nullptr;
-    BoundOfH known = {};
-    if (tile.pair >= 0) {
-      x_row = static_cast<const half*>(args_.x.values) + tile.pair / args_.pairs_a_row * args_.x.pitch;
-      known.Load(args_, tile.expert, tile.pair);
-    }
+    if (tile.pair >= 0) known_.Load(args_, tile.expert, tile.pair);
+    const int first_pair = __shfl_sync(0xffffffffu, tile.pair, 0);
+    const int row = (tile.pair >= 0 ? tile.pair : first_pair) / args_.pairs_a_row;
+    StepOfX x(static_cast<const half*>(args_.x.values) + row * args_.x.pitch, args_.columns);
     const int begin = share.split * Shape::kStep, stride = Shape::kStep << share.log_splits;
-    ChunkOfX x;
-    x.Load(x_row, begin, args_.columns);
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      if (m == matrices_) break;
-      const float factors[2] = {0x1p24f / normaliser[m][0], 0x1p24f / normaliser[m][1]};
-      float sum[2][4] = {};
+    x.Load(begin);
+#pragma unroll 1
+    for (int m = 0; m < matrices_; ++m) {
+      BandSums sums;
 #pragma unroll 1
       for (int column = begin; column < args_.columns; column += stride) {
         const int next = column + stride < args_.columns ? column + stride : begin;
-        MultiplyStep<Format>(ring_, x_row, x, column, next, args_.columns, factors, sum);
-        FetchAhead();
+        MultiplyStep<Format>(ring_, x, column == begin, column, next, args_.columns, sums);
+        FetchStep();
       }
       // A lane holds rows g and g + 8 of tokens 2 t and 2 t + 1.
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        m_.sums[warp_][m][2 * t + i % 2][g + 8 * (i / 2)] =
-            (sum[0][i] + sum[1][i]) * normaliser[m][i / 2];
+        m_.sums[warp_][m][2 * t + i % 2][g + 8 * (i / 2)] = sums.Sum(i);
       }
     }
+  }
+
+  __device__ __forceinline__ void Finish(const Share& share) {
+    const WarpTile& tile = share.tile;
     float h_factor = 0;
     if (args_.activate && tile.pair >= 0) {
-      h_factor = ScaleOfH(args_, known, tile.expert, tile.pair, share.band == 0 && t == 0);
+      h_factor = ScaleOfH(args_, known_, tile.expert, tile.pair, share.band == 0 && lane_ % 4 == 0);
     }
     SyncTeam(share.log_splits);
-    Store(share, known.Factor(), h_factor);
+    Store(share, known_.Factor(), h_factor);
     SyncTeam(share.log_splits);
   }
 
@@ -300,10 +303,14 @@ class NarrowWarp {
   NarrowSchedule schedule_ = {};
   int items_ = 0, item_ = 0;  // all of them; the one of the share that is found next
   bool in_rest_ = false;
-  Source source_, next_;
-  float normaliser_[2][2] = {};
-  // The step that is fetched next: at first, the next share's.
-  int fetch_at_ = 1 << 30, fetch_matrix_ = 1;
+  BoundOfH known_ = {};
+  // What is fetched after the share that is fetched now, if anything.
+  Bands fetched_ = {}, next_ = {};
+  bool has_next_ = false;
+  // The step that is fetched next, and the bytes from it to the band's end: none at first.
+  const uint8_t* fetch_from_ = nullptr;
+  const float* fetch_aux_ = nullptr;  // null but for a band's first step
+  int fetch_left_ = 0, fetch_stride_ = 0, fetch_matrix_ = 1;
 };
 
 template <typename Format>
