@@ -1,7 +1,5 @@
 #include "ffi/cuda/ffn.h"
 
-#include <algorithm>
-
 #include "ffi/cuda/combine.h"
 
 namespace jax_moe::cuda {
@@ -30,17 +28,6 @@ bool FewPairs(const Ffn& ffn) {
   return ffn.pairs <= 32 && ffn.TiledTile() == plan::CudaTiledTile::kNarrow;
 }
 
-// What RunDown reads first: as much as the memory delivers while a kernel ends and the next one begins.
-UpcomingBands UpcomingDown(const Ffn& ffn) {
-  constexpr int64_t kBytes = 8 << 20, kBandRows = 16;
-  const Weight& down = ffn.down;
-  const int64_t bands = down.rows / kBandRows, band_bytes = kBandRows * down.row_bytes;
-  const int64_t bytes = std::min(band_bytes, kBytes / (ffn.pairs * bands) / 128 * 128);
-  if (bytes == 0) return {};
-  return {down.data, down.rows * down.row_bytes, band_bytes, static_cast<int32_t>(bands),
-          static_cast<uint32_t>(bytes)};
-}
-
 cudaError_t RunDown(const Ffn& ffn, const PreparedRows& h, cudaStream_t stream) {
   const Weight& down = ffn.down;
   const Activations prepared = ViewPrepared(h);
@@ -60,7 +47,7 @@ cudaError_t RunDown(const Ffn& ffn, const PreparedRows& h, cudaStream_t stream) 
   args.y = ffn.y;
   args.y_pitch = ffn.d_model;
   args.y_type = ffn.type;
-  return LaunchTiledDown(FindTiledKernels(down.format)->down, args, stream);
+  return LaunchTiledDown(*FindTiledKernels(down.format), args, stream);
 }
 
 // One product of the pairs with one or two weight matrices of one format; y is [pairs, y_pitch].
@@ -118,8 +105,7 @@ class Products {
     const TiledKernel& kernel = ChooseTiledKernel(up, ffn_.TiledTile());
     Lists lists = {};
     cudaError_t status;
-    const bool few = FewPairs(ffn_);
-    if (few) {
+    if (FewPairs(ffn_)) {
       lists.expert_ids = ffn_.expert_ids;
       lists.experts = ffn_.experts;
       lists.max_tiles = ffn_.pairs;
@@ -150,7 +136,6 @@ class Products {
     args.limit = ffn_.limit;
     args.beta = ffn_.beta;
     args.linear_beta = ffn_.linear_beta;
-    if (few) args.upcoming = UpcomingDown(ffn_);
     return LaunchTiled(kernel, args, stream_);
   }
 

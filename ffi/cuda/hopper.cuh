@@ -47,12 +47,6 @@ __device__ __forceinline__ void WaitForCluster() {
   __syncthreads();
 #endif
 }
-// Brings `bytes` from `global` on, both multiples of 16, to L2. By one thread.
-__device__ __forceinline__ void PrefetchL2(const void* global, uint32_t bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-#endif
-}
 // Writes to the place of *shared in block `rank` of the cluster.
 __device__ __forceinline__ void StoreToBlock(float* shared, int rank, float value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

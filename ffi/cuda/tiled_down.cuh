@@ -1,10 +1,10 @@
 // The down projection, the routing weights and the sum over slots in one kernel, for up to 32 pairs.
 //
-// A cluster of 1, 2 or 4 blocks owns 16 columns of y for all tokens. The steps of all tiles (up to 8 pairs
-// of one expert), one tile after another, are shared out evenly among the cluster's warps, so that there
-// are enough warps and none waits for another whatever the number of tiles. A warp's bytes come through one
-// ring across all of its tiles. What the warps found of a pair goes to the block that adds it up, in the
-// order of the warps and then of the slots.
+// A block, or a cluster of two, owns 16 columns of y for all tokens. The steps of all tiles (up to 8 pairs of
+// one expert), one tile after another, are shared out evenly among the 4, 8 or 16 warps, so that there are
+// enough warps and none waits for another whatever the number of tiles. A warp's bytes come through one ring
+// across all of its tiles. What the warps found of a pair goes to the block that adds it up, in the order of
+// the warps and then of the slots.
 #pragma once
 
 #include "ffi/cuda/tiled_epilogue.cuh"
@@ -16,18 +16,19 @@ namespace jax_moe::cuda {
 template <typename Format>
 struct TiledDownShape {
   using Narrow = TiledNarrowShape<Format>;
-  static constexpr int kWarps = 4;
-  static constexpr int kBlocks = 4;  // a multiprocessor of sm_90
   static constexpr int kPairs = FewTiles::kPairs;
   // A sum of every pair from each warp with a part of its tile: the pairs of a warp's tiles follow those
   // of the tiles before, and each warp leaves a tile's places free, for it may share one with the next.
-  static constexpr int kSums = kPairs + Narrow::kTokens * kWarps * kMostDownSplits;
+  static constexpr int kSums = kPairs + Narrow::kTokens * kMostDownBlocks * kMostDownWarps;
 
+  struct alignas(16) Warp {
+    typename Narrow::Stage ring[Narrow::kStages];
+    uint64_t full[Narrow::kStages];
+    FewTiles::Table tiles;
+  };
   struct alignas(16) Memory {
-    typename Narrow::Stage ring[kWarps][Narrow::kStages];
-    uint64_t full[kWarps][Narrow::kStages];
     float sums[kSums][Narrow::kRows + 1];
-    FewTiles::Table tiles[kWarps];
+    Warp warp[kMostDownWarps];  // no more of them than there are
   };
 };
 
@@ -41,8 +42,8 @@ class DownWarp {
   __device__ __forceinline__ DownWarp(const TiledDownArgs& args, Memory& memory)
       : args_(args),
         m_(memory),
-        ring_(memory.ring[threadIdx.x / 32], memory.full[threadIdx.x / 32]),
-        table_(memory.tiles[threadIdx.x / 32]),
+        ring_(memory.warp[threadIdx.x / 32].ring, memory.warp[threadIdx.x / 32].full),
+        table_(memory.warp[threadIdx.x / 32].tiles),
         few_(args.expert_ids, args.tokens * args.top_k, args.experts, table_),
         rank_(blockIdx.x % args.splits),
         warp_(threadIdx.x / 32 * args.splits + rank_),
@@ -50,7 +51,7 @@ class DownWarp {
         tile_steps_((args.columns + Shape::kStep - 1) / Shape::kStep),
         band_bytes_(TiledRow<Format>::BandBytes(args.columns)) {
     steps_ = few_.Number() * tile_steps_;
-    warps_ = min(Down::kWarps * args.splits, steps_);
+    warps_ = min(static_cast<int>(blockDim.x) / 32 * args.splits, steps_);
   }
 
   __device__ __forceinline__ void Run() {
@@ -117,7 +118,8 @@ class DownWarp {
   __device__ __forceinline__ void MultiplyTiles() {
     const int t = threadIdx.x % 4;
     int count = few_.Take(tile_);
-    StepOfX x(RowOfH(count), args_.columns);
+    StepOfX x(args_.columns);
+    x.MoveTo(RowOfH(count));
     x.Load(step_ * Shape::kStep);
     int left = left_;
     while (left > 0) {
@@ -166,7 +168,7 @@ class DownWarp {
   __device__ __forceinline__ void Finish() const {
     const int lane = threadIdx.x % 32, row = lane % Shape::kRows;
     for (int base = threadIdx.x / 32 * 2; rank_ + base * args_.splits < args_.tokens;
-         base += 2 * Down::kWarps) {
+         base += blockDim.x / Shape::kRows) {
       const int token = rank_ + (base + lane / Shape::kRows) * args_.splits;
       float y = 0;
       for (int slot = 0; slot < args_.top_k; ++slot) {
@@ -201,8 +203,7 @@ class DownWarp {
 };
 
 template <typename Format>
-__global__ void __launch_bounds__(32 * TiledDownShape<Format>::kWarps,
-                                  TiledDownShape<Format>::kBlocks)
+__global__ void __launch_bounds__(32 * kMostDownWarps, 2)
     TiledDown(const __grid_constant__ TiledDownArgs args) {
   extern __shared__ __align__(128) uint8_t shared[];
   LetNextKernelStart();

@@ -15,16 +15,25 @@ cudaError_t Launch(const TiledKernel& kernel, dim3 grid, void** parameters, cuda
                      cluster);
 }
 
-// The blocks for each of `bands` that take least time: in so many rounds, each of a part of a band.
-int ChooseDownSplits(int64_t bands, int64_t places) {
-  int best = 1;
-  const auto cost = [&](int splits) {
-    return (bands * splits + places - 1) / places * (kMostDownSplits / splits);
+// The warps that share a band of down and the blocks that they are in.
+struct DownShape {
+  int warps, blocks;
+};
+
+// Takes least time: rounds of all the warps that the device has places for, each of a part of a band. A
+// block is no larger than it has to be, for small ones find places earlier.
+DownShape ChooseDown(int64_t bands, bool hopper) {
+  if (!hopper) return {kMostDownWarps, 1};
+  constexpr int kMost = kMostDownWarps * kMostDownBlocks;
+  const int64_t places = int64_t{Multiprocessors()} * 2 * kMostDownWarps;
+  const auto cost = [&](int warps) {
+    return (bands * warps + places - 1) / places * (kMost / warps);
   };
-  for (int splits = 2; splits <= kMostDownSplits; splits *= 2) {
-    if (cost(splits) < cost(best)) best = splits;
+  int best = kMost / 4;
+  for (int warps = kMost / 2; warps <= kMost; warps *= 2) {
+    if (cost(warps) < cost(best)) best = warps;
   }
-  return best;
+  return {best, best == kMost / 4 ? 1 : 2};
 }
 
 // One block for every place on the device, but no more than there are items.
@@ -58,12 +67,17 @@ cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t 
   return Launch(kernel, *grid, parameters, stream);
 }
 
-cudaError_t LaunchTiledDown(const TiledKernel& kernel, TiledDownArgs args, cudaStream_t stream) {
+cudaError_t LaunchTiledDown(const TiledKernels& kernels, TiledDownArgs args, cudaStream_t stream) {
+  TiledKernel kernel = kernels.down;
   const int64_t bands = args.y_pitch / kernel.block_rows;
-  args.splits = IsHopper() ? ChooseDownSplits(bands, int64_t{Multiprocessors()} * kernel.blocks) : 1;
+  const DownShape shape = ChooseDown(bands, IsHopper());
+  const int warps = shape.warps / shape.blocks;
+  kernel.threads = 32 * warps;
+  kernel.shared_bytes -= (kMostDownWarps - warps) * kernels.down_warp_bytes;
+  args.splits = shape.blocks;
   void* parameters[] = {&args};
-  return Launch(kernel, dim3(static_cast<unsigned>(bands * args.splits)), parameters, stream,
-                args.splits);
+  return Launch(kernel, dim3(static_cast<unsigned>(bands * shape.blocks)), parameters, stream,
+                shape.blocks);
 }
 
 cudaError_t ConfigureTiled(const TiledKernels& kernels, bool hopper) {

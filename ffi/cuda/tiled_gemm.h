@@ -19,15 +19,6 @@ struct TiledMatrix {
   int64_t expert_rows;  // rows of aux an expert
 };
 
-// Bands of the same experts that the next kernel reads: the first `bytes` of each are brought to L2 once a
-// warp waits for no more weights of its own.
-struct UpcomingBands {
-  const uint8_t* data;  // null: none
-  int64_t expert_bytes, band_bytes;
-  int32_t bands;  // of an expert
-  uint32_t bytes;
-};
-
 // Either y[p, n] = weight_p * (W x), or, with `activate`, h[p, n] = act(gate x, up x) prepared as the
 // activations of the next product.
 struct TiledArgs {
@@ -49,7 +40,6 @@ struct TiledArgs {
   Activation activation;
   float limit, beta, linear_beta;
   float* h_scales;  // [pairs]: what undoes the scaling of h
-  UpcomingBands upcoming;  // with the lists' expert_ids only
 };
 
 // A kernel, the tokens of its tiles and the weight rows of its thread blocks.
@@ -62,7 +52,8 @@ struct TiledKernel {
   int blocks;      // a multiprocessor, of a persistent grid; 0: a block for every tile and band
 };
 
-inline constexpr int kMostDownSplits = 4;
+// Warps of a thread block, of which a multiprocessor of sm_90 takes twice as many, and blocks of a cluster.
+inline constexpr int kMostDownWarps = 8, kMostDownBlocks = 2;
 
 // y[t] = sum over slots s of weight[t, s] * down_e h, in slot order, for at most 32 pairs.
 struct TiledDownArgs {
@@ -74,7 +65,7 @@ struct TiledDownArgs {
   int64_t h_pitch;
   const int32_t* expert_ids;
   int32_t experts, tokens, top_k;
-  int32_t splits;        // thread blocks, a cluster, that share 16 columns of y: LaunchTiledDown's affair
+  int32_t splits;        // blocks, a cluster, that share 16 columns of y: LaunchTiledDown's affair
   const float* weights;  // [tokens, top_k]; null: 1
   Projection projection;
   void* y;  // [tokens, y_pitch], y_pitch a multiple of 16: the matrix' rows
@@ -85,7 +76,8 @@ struct TiledDownArgs {
 struct TiledKernels {
   TiledKernel narrow;   // 8 tokens, kF16Narrow
   TiledKernel wide[3];  // 32, 64 and 128 tokens, kF16Wide; Hopper only
-  TiledKernel down;     // takes TiledDownArgs
+  TiledKernel down;     // takes TiledDownArgs; threads and memory are the most of a block
+  int down_warp_bytes;  // of shared memory, a warp
 };
 
 // The kernels of one format, instantiated in tiled_*.cu.
@@ -97,7 +89,7 @@ const TiledKernels* FindTiledKernels(int format);
 
 cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t stream);
 
-cudaError_t LaunchTiledDown(const TiledKernel& kernel, TiledDownArgs args,
+cudaError_t LaunchTiledDown(const TiledKernels& kernels, TiledDownArgs args,
                             cudaStream_t stream);
 
 // Lets the kernels use their shared memory on the current device. Before the first launch, outside of

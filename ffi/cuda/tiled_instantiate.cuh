@@ -29,8 +29,9 @@ const TiledKernels& Tiled() {
        Narrow::kRows, sizeof(typename Narrow::Memory), /*pads_rows=*/false, Narrow::kBlocks},
       {DescribeTiledWide<Format, 32>(), DescribeTiledWide<Format, 64>(),
        DescribeTiledWide<Format, 128>()},
-      {reinterpret_cast<const void*>(&TiledDown<Format>), 32 * Down::kWarps, Narrow::kTokens,
-       Narrow::kRows, sizeof(typename Down::Memory), /*pads_rows=*/false, Down::kBlocks}};
+      {reinterpret_cast<const void*>(&TiledDown<Format>), 32 * kMostDownWarps, Narrow::kTokens,
+       Narrow::kRows, sizeof(typename Down::Memory), /*pads_rows=*/false, /*blocks=*/0},
+      sizeof(typename Down::Warp)};
   return kernels;
 }
 

@@ -64,7 +64,8 @@ class NarrowWarp {
         matrices_(args.activate && args.gated ? 2 : 1),
         first_matrix_(args.activate && !args.gated ? 1 : 0),
         bands_(args.rows / Shape::kRows),
-        band_bytes_(TiledRow<Format>::BandBytes(args.columns)) {}
+        band_bytes_(TiledRow<Format>::BandBytes(args.columns)),
+        x_(args.columns) {}
 
   __device__ __forceinline__ void Run() {
     LetNextKernelStart();
@@ -78,7 +79,7 @@ class NarrowWarp {
     schedule_ = NarrowSchedule::Choose(
         items_, Warps(), (args_.columns + Shape::kStep - 1) / Shape::kStep, matrices_);
     in_rest_ = schedule_.whole == 0;
-    item_ = in_rest_ ? FirstOfRest() : Team(schedule_.log_splits);
+    item_ = in_rest_ ? FirstOfRest() : GridWarp() >> schedule_.log_splits;
     Share share = {}, next = {};
     bool more = item_ < items_;
     if (more) {
@@ -87,7 +88,9 @@ class NarrowWarp {
       FetchAhead();
     }
     if (early) WaitForEarlierKernels();
-    if (!more) Prefetch(few);
+    if (!more) return;
+    x_.MoveTo(RowOfX(next.tile));
+    x_.Load(next.split * Shape::kStep);
     while (more) {
       share = next;
       Advance();
@@ -97,8 +100,7 @@ class NarrowWarp {
         LetFetch(next);
       }
       FetchAhead();
-      Multiply(share);
-      if (!more) Prefetch(few);
+      Multiply(share, next);
       Finish(share);
     }
   }
@@ -116,13 +118,11 @@ class NarrowWarp {
   };
 
   __device__ __forceinline__ int Warps() const { return gridDim.x * Shape::kWarps; }
-  // Teams are numbered across the blocks, so that items that are too few for all of them are spread over
-  // all multiprocessors.
-  __device__ __forceinline__ int Team(int log_splits) const {
-    return (warp_ >> log_splits) * gridDim.x + blockIdx.x;
-  }
+  __device__ __forceinline__ int GridWarp() const { return blockIdx.x * Shape::kWarps + warp_; }
+  // In rounds without idle teams a block's teams have neighbouring items, of the same tokens. The others'
+  // teams are numbered across the blocks, so that the items are spread over all multiprocessors.
   __device__ __forceinline__ int FirstOfRest() const {
-    return schedule_.whole + Team(schedule_.rest_log_splits);
+    return schedule_.whole + (warp_ >> schedule_.rest_log_splits) * gridDim.x + blockIdx.x;
   }
   __device__ __forceinline__ int LogSplits() const {
     return in_rest_ ? schedule_.rest_log_splits : schedule_.log_splits;
@@ -191,34 +191,33 @@ class NarrowWarp {
     }
   }
 
-  // This warp's part of the next kernel's bands.
-  __device__ __forceinline__ void Prefetch(const FewTiles& few) const {
-    const UpcomingBands& upcoming = args_.upcoming;
-    if (upcoming.data == nullptr || lane_ != 0) return;
-    const int bands = few.Number() * upcoming.bands;
-    for (int i = blockIdx.x * Shape::kWarps + warp_; i < bands; i += Warps()) {
-      const int tile = i / upcoming.bands, band = i - tile * upcoming.bands;
-      PrefetchL2(upcoming.data + few.Expert(tile) * upcoming.expert_bytes + band * upcoming.band_bytes,
-                 upcoming.bytes);
-    }
+  // Of lane / 4's token, or where there is none of the tile's first.
+  __device__ __forceinline__ const half* RowOfX(const WarpTile& tile) const {
+    const int first = __shfl_sync(0xffffffffu, tile.pair, 0);
+    const int row = (tile.pair >= 0 ? tile.pair : first) / args_.pairs_a_row;
+    return static_cast<const half*>(args_.x.values) + row * args_.x.pitch;
   }
 
-  __device__ __forceinline__ void Multiply(const Share& share) {
+  // next: the share that follows, whose first activations are loaded at the end; or the same again.
+  __device__ __forceinline__ void Multiply(const Share& share, const Share& next) {
     const int g = lane_ / 4, t = lane_ % 4;
     const WarpTile& tile = share.tile;
     if (tile.pair >= 0) known_.Load(args_, tile.expert, tile.pair);
-    const int first_pair = __shfl_sync(0xffffffffu, tile.pair, 0);
-    const int row = (tile.pair >= 0 ? tile.pair : first_pair) / args_.pairs_a_row;
-    StepOfX x(static_cast<const half*>(args_.x.values) + row * args_.x.pitch, args_.columns);
     const int begin = share.split * Shape::kStep, stride = Shape::kStep << share.log_splits;
-    x.Load(begin);
 #pragma unroll 1
     for (int m = 0; m < matrices_; ++m) {
       BandSums sums;
 #pragma unroll 1
       for (int column = begin; column < args_.columns; column += stride) {
-        const int next = column + stride < args_.columns ? column + stride : begin;
-        MultiplyStep<Format>(ring_, x, column == begin, column, next, args_.columns, sums);
+        int next_column = column + stride;
+        if (next_column >= args_.columns) {
+          next_column = begin;
+          if (m == matrices_ - 1) {
+            x_.MoveTo(RowOfX(next.tile));
+            next_column = next.split * Shape::kStep;
+          }
+        }
+        MultiplyStep<Format>(ring_, x_, column == begin, column, next_column, args_.columns, sums);
         FetchStep();
       }
       // A lane holds rows g and g + 8 of tokens 2 t and 2 t + 1.
@@ -303,6 +302,7 @@ class NarrowWarp {
   NarrowSchedule schedule_ = {};
   int items_ = 0, item_ = 0;  // all of them; the one of the share that is found next
   bool in_rest_ = false;
+  StepOfX x_;
   BoundOfH known_ = {};
   // What is fetched after the share that is fetched now, if anything.
   Bands fetched_ = {}, next_ = {};

@@ -28,10 +28,8 @@ class StepOfX {
  public:
   uint4 v[2][4];
 
-  __device__ __forceinline__ StepOfX(const half* x_row, int columns)
-      : columns_(columns - 32 * (threadIdx.x % 4)) {
-    MoveTo(x_row);
-  }
+  __device__ __forceinline__ explicit StepOfX(int columns)
+      : columns_(columns - 32 * (threadIdx.x % 4)) {}
 
   // What is loaded from now on is of another token.
   __device__ __forceinline__ void MoveTo(const half* x_row) {
