@@ -1,18 +1,19 @@
-// Tiles of tokens that every warp finds for itself from the ids of up to 32 pairs: no sort comes first.
+// Tiles of tokens that every warp finds for itself from the ids of up to 32 pairs: no sort comes
+// first.
 #pragma once
 
 #include <cstdint>
 
 namespace jax_moe::cuda {
 
-// A tile is up to 8 pairs of one expert; an expert with more has several. Tiles are in the order of their
-// first pairs.
+// A tile is up to 8 pairs of one expert; an expert with more has several. Tiles are in the order of
+// their first pairs.
 class FewTiles {
  public:
   static constexpr int kPairs = 32, kTokens = 8;
 
-  // Of each tile its first pair, its expert and, once Rank has been called, the pairs in earlier tiles;
-  // of the tile at hand its pairs.
+  // Of each tile its first pair, its expert and, once Rank has been called, the pairs in earlier
+  // tiles; of the tile at hand its pairs.
   struct Table {
     int32_t first[kPairs], expert[kPairs], before[kPairs], pair[kTokens];
   };
@@ -52,7 +53,8 @@ class FewTiles {
     return count;
   }
 
-  // Of pair lane: its tile and its place among the pairs in the order of tiles; tile -1: no expert's.
+  // Of pair lane: its tile and its place among the pairs in the order of tiles; tile -1: no
+  // expert's.
   struct Ranked {
     int tile, place;
   };

@@ -33,36 +33,6 @@ struct RingPosition {
   }
 };
 
-// A barrier of all threads of a cluster, in two parts: what was written to shared memory before the first one
-// is there after the second. Without clusters, of a block.
-__device__ __forceinline__ void ArriveAtCluster() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void WaitForCluster() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#else
-  __syncthreads();
-#endif
-}
-// Writes to the place of *shared in block `rank` of the cluster.
-__device__ __forceinline__ void StoreToBlock(float* shared, int rank, float value) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n"
-      ".reg .b32 place;\n"
-      "mapa.shared::cluster.u32 place, %0, %1;\n"
-      "st.shared::cluster.f32 [place], %2;\n"
-      "}\n" ::"r"(SharedAddress(shared)),
-      "r"(rank), "f"(value)
-      : "memory");
-#else
-  *shared = value;
-#endif
-}
-
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 __device__ __forceinline__ void InitBarrier(uint64_t* barrier, int arrivals) {
@@ -102,6 +72,27 @@ __device__ __forceinline__ void WaitBarrier(uint64_t* barrier, uint32_t parity) 
       "@!done bra again;\n"
       "}\n" ::"r"(SharedAddress(barrier)),
       "r"(parity)
+      : "memory");
+}
+
+// A barrier of all threads of a cluster, in two parts: what was written to shared memory before the first one
+// is there after the second.
+__device__ __forceinline__ void ArriveAtCluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void WaitForCluster() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Writes to the place of *shared in block `rank` of the cluster.
+__device__ __forceinline__ void StoreToBlock(float* shared, int rank, float value) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 place;\n"
+      "mapa.shared::cluster.u32 place, %0, %1;\n"
+      "st.shared::cluster.f32 [place], %2;\n"
+      "}\n" ::"r"(SharedAddress(shared)),
+      "r"(rank), "f"(value)
       : "memory");
 }
 

@@ -31,8 +31,8 @@ __device__ int RowExponent(float max) {
   return min(14 - ilogbf(max), 126);
 }
 
-// RowExponent from the bits of `max`, and the power of two: few instructions, for those of a short kernel
-// come from memory too.
+// RowExponent from the bits of `max`, and the power of two: few instructions, for those of a short
+// kernel come from memory too.
 __device__ __forceinline__ int ExponentOfBits(uint32_t max) {
   const int biased = static_cast<int>(max >> 23);
   return max == 0 || biased == 255 ? 0 : min(127 + 14 - biased, 126);
@@ -41,11 +41,12 @@ __device__ __forceinline__ float PowerOfTwo(int exponent) {  // -126 .. 127
   return __int_as_float((127 + exponent) << 23);
 }
 
-// A row in one of the tiled layouts, whose rows have a norm. Warps measure their columns with exponents of
-// their own, so that they have to wait for each other once only.
+// A row in one of the tiled layouts, whose rows have a norm. Warps measure their columns with
+// exponents of their own, so that they have to wait for each other once only.
 template <int kThreads, typename Rows>
-__device__ __forceinline__ void PrepareTiledRow(const Rows& rows, const Activations& to, Layout layout,
-                                                int columns, bool rounds, int64_t row) {
+__device__ __forceinline__ void PrepareTiledRow(const Rows& rows, const Activations& to,
+                                                Layout layout, int columns, bool rounds,
+                                                int64_t row) {
   constexpr int kWarps = kThreads / 32;
   __shared__ uint2 measured[kWarps];  // the bits of a warp's maximum and of its sum of squares
   const int groups = static_cast<int>(to.pitch / 8), lane = threadIdx.x % 32;

@@ -114,8 +114,8 @@ __device__ __forceinline__ uint4 PackGroup(const Group& group, float factor) {
           PackHalves(v[4] * factor, v[5] * factor), PackHalves(v[6] * factor, v[7] * factor)};
 }
 
-// In the tiled layouts, whose chunks are 16 groups, what is written in place of a group, and where: lane t
-// has unit t.
+// In the tiled layouts, whose chunks are 16 groups, what is written in place of a group, and where:
+// lane t has unit t.
 __device__ __forceinline__ uint4 PackTiled(Layout layout, const Group& group, float factor) {
   const uint4 packed = PackGroup(group, factor);
   return layout == Layout::kF16Wide ? TransposeUnits(packed) : packed;

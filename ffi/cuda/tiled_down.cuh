@@ -1,10 +1,11 @@
-// The down projection, the routing weights and the sum over slots in one kernel, for up to 32 pairs.
+// The down projection, the routing weights and the sum over slots in one kernel, for up to 32
+// pairs.
 //
-// A block, or a cluster of two, owns 16 columns of y for all tokens. The steps of all tiles (up to 8 pairs of
-// one expert), one tile after another, are shared out evenly among the 4, 8 or 16 warps, so that there are
-// enough warps and none waits for another whatever the number of tiles. A warp's bytes come through one ring
-// across all of its tiles. What the warps found of a pair goes to the block that adds it up, in the order of
-// the warps and then of the slots.
+// A block, or a cluster of two, owns 16 columns of y for all tokens. The steps of all tiles (up to
+// 8 pairs of one expert), one tile after another, are shared out evenly among the 4, 8 or 16 warps,
+// so that there are enough warps and none waits for another whatever the number of tiles. A warp's
+// bytes come through one ring across all of its tiles. What the warps found of a pair goes to the
+// block that adds it up, in the order of the warps and then of the slots.
 #pragma once
 
 #include "ffi/cuda/tiled_epilogue.cuh"
@@ -17,8 +18,9 @@ template <typename Format>
 struct TiledDownShape {
   using Narrow = TiledNarrowShape<Format>;
   static constexpr int kPairs = FewTiles::kPairs;
-  // A sum of every pair from each warp with a part of its tile: the pairs of a warp's tiles follow those
-  // of the tiles before, and each warp leaves a tile's places free, for it may share one with the next.
+  // A sum of every pair from each warp with a part of its tile: the pairs of a warp's tiles follow
+  // those of the tiles before, and each warp leaves a tile's places free, for it may share one with
+  // the next.
   static constexpr int kSums = kPairs + Narrow::kTokens * kMostDownBlocks * kMostDownWarps;
 
   struct alignas(16) Warp {
@@ -50,6 +52,9 @@ class DownWarp {
         row0_(blockIdx.x / args.splits * Shape::kRows),
         tile_steps_((args.columns + Shape::kStep - 1) / Shape::kStep),
         band_bytes_(TiledRow<Format>::BandBytes(args.columns)) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (args.splits > 1) ArriveAtCluster();
+#endif
     steps_ = few_.Number() * tile_steps_;
     warps_ = min(static_cast<int>(blockDim.x) / 32 * args.splits, steps_);
   }
@@ -67,13 +72,11 @@ class DownWarp {
       while (ring_.HasPlace() && fetch_left_ > 0) FetchStep();
     }
     FindPair();
+    WaitForStart();
     WaitForEarlierKernels();
-    const int lane = threadIdx.x % 32;
-    if (parts_ > 0) h_scale_ = args_.h_scales[lane];
-    WaitForCluster();
+    if (parts_ > 0) h_scale_ = args_.h_scales[threadIdx.x % 32];
     if (left_ > 0) MultiplyTiles();
-    ArriveAtCluster();
-    WaitForCluster();
+    WaitForSums();
     Finish();
   }
 
@@ -92,6 +95,29 @@ class DownWarp {
     const int last = ((begin + tile_steps_) * warps_ - 1) / steps_;
     sums_ = ranked.place + Shape::kTokens * first;
     parts_ = last - first + 1;
+  }
+
+  // Nothing can be stored to a block that has not begun.
+  __device__ __forceinline__ void WaitForStart() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (args_.splits == 1) return;
+    WaitForCluster();
+#endif
+  }
+  __device__ __forceinline__ void StoreSum(float* to, int owner, float sum) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (args_.splits > 1) return StoreToBlock(to, owner, sum);
+#endif
+    *to = sum;
+  }
+  __device__ __forceinline__ void WaitForSums() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (args_.splits > 1) {
+      ArriveAtCluster();
+      return WaitForCluster();
+    }
+#endif
+    __syncthreads();
   }
 
   __device__ __forceinline__ void FetchStep() {
@@ -160,7 +186,7 @@ class DownWarp {
     for (int i = 0; i < 4; ++i) {
       const int token = 2 * t + i % 2;
       if (token >= count) continue;
-      StoreToBlock(&m_.sums[place + token][g + 8 * (i / 2)], owners[i % 2], sums.Sum(i));
+      StoreSum(&m_.sums[place + token][g + 8 * (i / 2)], owners[i % 2], sums.Sum(i));
     }
   }
 
@@ -183,7 +209,9 @@ class DownWarp {
         for (int i = 0; i < parts; ++i) value += m_.sums[first + Shape::kTokens * i][row];
         y += FinishProjection(args_.projection, value * scale, expert, row0_ + row) * weight;
       }
-      if (token < args_.tokens) Store(args_.y, token * args_.y_pitch + row0_ + row, args_.y_type, y);
+      if (token < args_.tokens) {
+        Store(args_.y, token * args_.y_pitch + row0_ + row, args_.y_type, y);
+      }
     }
   }
 
@@ -207,7 +235,6 @@ __global__ void __launch_bounds__(32 * kMostDownWarps, 2)
     TiledDown(const __grid_constant__ TiledDownArgs args) {
   extern __shared__ __align__(128) uint8_t shared[];
   LetNextKernelStart();
-  ArriveAtCluster();
   DownWarp<Format>(args, *reinterpret_cast<typename TiledDownShape<Format>::Memory*>(shared)).Run();
 }
 

@@ -52,7 +52,8 @@ struct TiledKernel {
   int blocks;      // a multiprocessor, of a persistent grid; 0: a block for every tile and band
 };
 
-// Warps of a thread block, of which a multiprocessor of sm_90 takes twice as many, and blocks of a cluster.
+// Warps of a thread block, of which a multiprocessor of sm_90 takes twice as many, and blocks of a
+// cluster.
 inline constexpr int kMostDownWarps = 8, kMostDownBlocks = 2;
 
 // y[t] = sum over slots s of weight[t, s] * down_e h, in slot order, for at most 32 pairs.

@@ -1,11 +1,12 @@
 // Tiled weights times up to 8 tokens of an expert: bound by the bytes of the weights.
 //
-// A persistent grid. An item is a tile of tokens and a band of 16 rows, of gate and up both where both are
-// there. A team of 1, 2, 4 or 8 warps has an item, each warp every 1st, 2nd, ... 256 columns of it. Items
-// go out in rounds to teams of one size, and those that are left over to larger teams, so that the last
-// round is short (NarrowSchedule). A warp streams the bytes of its items, one after another, through a ring in
-// shared memory of its own, several hundred cycles ahead, and decodes them straight into tensor-core
-// operands. Warps wait for their team only, once an item, to add their sums in warp order.
+// A persistent grid. An item is a tile of tokens and a band of 16 rows, of gate and up both where
+// both are there. A team of 1, 2, 4 or 8 warps has an item, each warp every 1st, 2nd, ... 256
+// columns of it. Items go out in rounds to teams of one size, and those that are left over to
+// larger teams, so that the last round is short (NarrowSchedule). A warp streams the bytes of its
+// items, one after another, through a ring in shared memory of its own, several hundred cycles
+// ahead, and decodes them straight into tensor-core operands. Warps wait for their team only, once
+// an item, to add their sums in warp order.
 #pragma once
 
 #include "ffi/cuda/hopper.cuh"
@@ -20,13 +21,13 @@ struct WarpTile {
   int expert, count, pair;
 };
 
-// The first `whole` items go to teams of 2^log_splits warps in rounds without idle teams, the others to
-// teams of 2^rest_log_splits.
+// The first `whole` items go to teams of 2^log_splits warps in rounds without idle teams, the
+// others to teams of 2^rest_log_splits.
 struct NarrowSchedule {
   int whole, log_splits, rest_log_splits;
 
-  // The schedule that takes least, by a whole warp: a round takes the steps of 256 columns of a warp of its
-  // teams, and about a step and a half for what an item costs besides.
+  // The schedule that takes least, by a whole warp: a round takes the steps of 256 columns of a
+  // warp of its teams, and about a step and a half for what an item costs besides.
   static __device__ __forceinline__ NarrowSchedule Choose(unsigned items, unsigned warps, int steps,
                                                           int matrices) {
     constexpr unsigned kMostLogSplits = 3, kItemQuarters = 6;
@@ -69,8 +70,8 @@ class NarrowWarp {
 
   __device__ __forceinline__ void Run() {
     LetNextKernelStart();
-    // With the ids at hand, which are older than the kernel before this one, weights can be on their
-    // way before that one has ended.
+    // With the ids at hand, which are older than the kernel before this one, weights can be on
+    // their way before that one has ended.
     const bool early = args_.lists.expert_ids != nullptr;
     FewTiles few(args_.lists.expert_ids, early ? static_cast<int>(args_.lists.max_tiles) : 0,
                  args_.lists.experts, m_.tiles[warp_]);
@@ -106,7 +107,8 @@ class NarrowWarp {
   }
 
  private:
-  // One warp's part of an item: every 2^log_splits-th step of the tile's band, from step `split` on.
+  // One warp's part of an item: every 2^log_splits-th step of the tile's band, from step `split`
+  // on.
   struct Share {
     WarpTile tile;
     int band, log_splits, split;
@@ -119,8 +121,9 @@ class NarrowWarp {
 
   __device__ __forceinline__ int Warps() const { return gridDim.x * Shape::kWarps; }
   __device__ __forceinline__ int GridWarp() const { return blockIdx.x * Shape::kWarps + warp_; }
-  // In rounds without idle teams a block's teams have neighbouring items, of the same tokens. The others'
-  // teams are numbered across the blocks, so that the items are spread over all multiprocessors.
+  // In rounds without idle teams a block's teams have neighbouring items, of the same tokens. The
+  // others' teams are numbered across the blocks, so that the items are spread over all
+  // multiprocessors.
   __device__ __forceinline__ int FirstOfRest() const {
     return schedule_.whole + (warp_ >> schedule_.rest_log_splits) * gridDim.x + blockIdx.x;
   }
@@ -157,7 +160,8 @@ class NarrowWarp {
     has_next_ = true;
   }
 
-  // Moves on to the next band to fetch, of this share or the next one; false where there is none yet.
+  // Moves on to the next band to fetch, of this share or the next one; false where there is none
+  // yet.
   __device__ __forceinline__ bool NextBand() {
     if (fetch_matrix_ + 1 < matrices_) {
       ++fetch_matrix_;
@@ -170,7 +174,8 @@ class NarrowWarp {
     }
     const TiledMatrix& matrix = args_.matrix[first_matrix_ + fetch_matrix_];
     const int row = fetched_.band * Shape::kRows, skipped = fetched_.split * Shape::kStageBytes;
-    fetch_from_ = matrix.data + fetched_.expert * matrix.expert_bytes + row * args_.row_bytes + skipped;
+    fetch_from_ =
+        matrix.data + fetched_.expert * matrix.expert_bytes + row * args_.row_bytes + skipped;
     fetch_aux_ = matrix.aux + (fetched_.expert * matrix.expert_rows + row) * 2;
     fetch_left_ = band_bytes_ - skipped;  // a share has a step at least
     fetch_stride_ = Shape::kStageBytes << fetched_.log_splits;

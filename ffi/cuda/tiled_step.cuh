@@ -1,4 +1,5 @@
-// What a warp does with 16 rows and 256 columns of tiled weights that have come, for up to 8 tokens.
+// What a warp does with 16 rows and 256 columns of tiled weights that have come, for up to 8
+// tokens.
 #pragma once
 
 #include "ffi/cuda/ptx.cuh"
@@ -21,9 +22,9 @@ __device__ __forceinline__ void MultiplySteps(float (&sum)[4], const LaneUnit<Fo
   }
 }
 
-// A lane's activations of a step: each chunk's are loaded as soon as those of the step before have been
-// used. x_row: of token lane / 4, or of any other token where there is no such one, for a token's sums
-// depend on its own activations only.
+// A lane's activations of a step: each chunk's are loaded as soon as those of the step before have
+// been used. x_row: of token lane / 4, or of any other token where there is no such one, for a
+// token's sums depend on its own activations only.
 class StepOfX {
  public:
   uint4 v[2][4];
@@ -54,25 +55,22 @@ class StepOfX {
   int columns_;  // from this lane's unit on
 };
 
-// What a warp has of a band: the sums of rows lane / 4 and lane / 4 + 8 in the order of MultiplyF16, of each
-// chunk of a step apart, and 2^24 over these rows' normalisers, by which weights are multiplied.
+// What a warp has of a band: the sums of rows lane / 4 and lane / 4 + 8 in the order of
+// MultiplyF16, and 2^24 over these rows' normalisers, by which weights are multiplied.
 struct BandSums {
-  float chunk[2][4], factor[2];
+  float sum[4], factor[2];
 
   __device__ __forceinline__ void Begin(const float (&aux)[16][2]) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      factor[i] = Inverse(aux[threadIdx.x % 32 / 4 + 8 * i][0]);
+    for (int i = 0; i < 2; ++i) factor[i] = Inverse(aux[threadIdx.x % 32 / 4 + 8 * i][0]);
 #pragma unroll
-      for (float& sum : chunk[i]) sum = 0;
-    }
+    for (float& value : sum) value = 0;
   }
-  __device__ __forceinline__ float Sum(int i) const {
-    return (chunk[0][i] + chunk[1][i]) * Inverse(factor[i / 2]);
-  }
+  __device__ __forceinline__ float Sum(int i) const { return sum[i] * Inverse(factor[i / 2]); }
 
  private:
-  // 2^24 / x of a power of two; of NaN, which a normaliser may be, a number by which the sum is NaN again.
+  // 2^24 / x of a power of two; of NaN, which a normaliser may be, a number by which the sum is NaN
+  // again.
   static __device__ __forceinline__ float Inverse(float x) {
     return __uint_as_float((278u << 23) - __float_as_uint(x));
   }
@@ -95,14 +93,14 @@ __device__ __forceinline__ void MultiplyStage(const uint8_t* stage, StepOfX& x, 
       low.Load(atom, place, sums.factor[0]);
       place.row += 8;
       high.Load(atom, place, sums.factor[1]);
-      MultiplySteps<Format>(sums.chunk[c], low, high, x.v[c]);
+      MultiplySteps<Format>(sums.sum, low, high, x.v[c]);
     }
     x.Load(c, next_column);
   }
 }
 
-// Adds the products of the ring's next step, 256 columns from `column` on. first: the band's sums begin.
-// x: of the step; becomes that of the step at `next_column`, not past the end.
+// Adds the products of the ring's next step, 256 columns from `column` on. first: the band's sums
+// begin. x: of the step; becomes that of the step at `next_column`, not past the end.
 template <typename Format>
 __device__ __forceinline__ void MultiplyStep(WarpRing<Format>& ring, StepOfX& x, bool first,
                                              int column, int next_column, int columns,

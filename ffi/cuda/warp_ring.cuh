@@ -77,7 +77,8 @@ class WarpRing {
 
   __device__ __forceinline__ bool HasPlace() const { return ahead_ < Shape::kStages; }
 
-  // The oldest step that is still in the ring; it has to be read by all lanes before the next Fetch.
+  // The oldest step that is still in the ring; it has to be read by all lanes before the next
+  // Fetch.
   __device__ __forceinline__ const Stage& Wait() {
     const Stage& stage = ring_[read_];
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
