@@ -1,19 +1,21 @@
-// Tiles of tokens that every warp finds for itself from the ids of up to 32 pairs: no sort comes first.
+// Tiles of tokens that every warp finds for itself from the ids of up to 32 pairs: no sort comes
+// first.
 #pragma once
 
 #include <cstdint>
 
 namespace jax_moe::cuda {
 
-// A tile is up to 8 pairs of one expert; an expert with more has several. Tiles are in the order of their
-// first pairs.
+// A tile is up to 8 pairs of one expert; an expert with more has several. Tiles are in the order of
+// their first pairs.
 class FewTiles {
  public:
   static constexpr int kPairs = 32, kTokens = 8;
 
-  // Of each tile its first pair and its expert; of the tile at hand its pairs.
+  // Of each tile its first pair, its expert and, once Rank has been called, the pairs in earlier
+  // tiles; of the tile at hand its pairs.
   struct Table {
-    int32_t first[kPairs], expert[kPairs], pair[kTokens];
+    int32_t first[kPairs], expert[kPairs], before[kPairs], pair[kTokens];
   };
 
   // ids: [pairs], s32; an id that is no expert's is in no tile. table: this warp's.
@@ -26,17 +28,17 @@ class FewTiles {
     const unsigned before = (1u << lane) - 1;
     rank_ = __popc(same_ & before);
     const bool begins = id >= 0 && rank_ % kTokens == 0;
-    const unsigned beginnings = __ballot_sync(0xffffffffu, begins);
+    beginnings_ = __ballot_sync(0xffffffffu, begins);
     if (begins) {
-      const int tile = __popc(beginnings & before);
+      const int tile = __popc(beginnings_ & before);
       table_.first[tile] = lane;
       table_.expert[tile] = id;
     }
     __syncwarp();
-    number_ = __popc(beginnings);
+    valid_ = id >= 0;
   }
 
-  __device__ __forceinline__ int Number() const { return number_; }
+  __device__ __forceinline__ int Number() const { return __popc(beginnings_); }
   __device__ __forceinline__ int Expert(int tile) const { return table_.expert[tile]; }
 
   // Takes a tile at hand: its pairs are table.pair[0 .. n - 1] until the next Take. Returns n.
@@ -51,10 +53,37 @@ class FewTiles {
     return count;
   }
 
+  // Of pair lane: its tile and its place among the pairs in the order of tiles; tile -1: no
+  // expert's.
+  struct Ranked {
+    int tile, place;
+  };
+  __device__ __forceinline__ Ranked Rank() {
+    const int lane = threadIdx.x % 32;
+    const unsigned before = (1u << lane) - 1;
+    const bool begins = beginnings_ >> lane & 1;
+    const int count = begins ? min(kTokens, __popc(same_) - rank_) : 0;
+    int earlier = count;
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, earlier, d);
+      if (lane >= d) earlier += other;
+    }
+    earlier -= count;
+    if (begins) table_.before[__popc(beginnings_ & before)] = earlier;
+    __syncwarp();
+    // The last beginning of a tile of this expert, up to this pair, is that of the pair's tile.
+    const int first = valid_ ? 31 - __clz(same_ & beginnings_ & (before | 1u << lane)) : 0;
+    const int place = __shfl_sync(0xffffffffu, earlier, first) + rank_ % kTokens;
+    return {valid_ ? __popc(beginnings_ & ((1u << first) - 1)) : -1, place};
+  }
+  __device__ __forceinline__ int Before(int tile) const { return table_.before[tile]; }
+
  private:
   Table& table_;
-  unsigned same_;
-  int rank_, number_;
+  unsigned same_, beginnings_;
+  int rank_;
+  bool valid_;
 };
 
 }  // namespace jax_moe::cuda

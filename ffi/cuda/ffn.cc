@@ -42,14 +42,12 @@ cudaError_t RunDown(const Ffn& ffn, const PreparedRows& h, cudaStream_t stream) 
   args.experts = ffn.experts;
   args.tokens = static_cast<int32_t>(ffn.tokens);
   args.top_k = ffn.top_k;
-  // Enough parts for the eight warps of a block.
-  args.log_splits = ffn.pairs >= 8 ? 0 : ffn.pairs >= 4 ? 1 : 2;
   args.weights = ffn.weights_before ? nullptr : ffn.weights;
   args.projection = ffn.down_projection;
   args.y = ffn.y;
   args.y_pitch = ffn.d_model;
   args.y_type = ffn.type;
-  return LaunchTiledDown(FindTiledKernels(down.format)->down, args, stream);
+  return LaunchTiledDown(*FindTiledKernels(down.format), args, stream);
 }
 
 // One product of the pairs with one or two weight matrices of one format; y is [pairs, y_pitch].

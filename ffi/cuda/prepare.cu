@@ -24,17 +24,6 @@ __device__ float RowMax(float value) {
   return value;
 }
 
-template <int kThreads>
-__device__ float RowSum(float value) {
-  __shared__ float warp_sums[kThreads / 32];
-  for (int d = 16; d > 0; d /= 2) value += __shfl_xor_sync(0xffffffffu, value, d);
-  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = value;
-  __syncthreads();
-  value = 0;
-  for (int w = 0; w < kThreads / 32; ++w) value += warp_sums[w];
-  return value;
-}
-
 // The power of two that brings `max` to 2^14 .. 2^15. It and its inverse are normal float32. Rows
 // that are not finite stay as they are, so that it shows in the result.
 __device__ int RowExponent(float max) {
@@ -42,13 +31,92 @@ __device__ int RowExponent(float max) {
   return min(14 - ilogbf(max), 126);
 }
 
+// RowExponent from the bits of `max`, and the power of two: few instructions, for those of a short
+// kernel come from memory too.
+__device__ __forceinline__ int ExponentOfBits(uint32_t max) {
+  const int biased = static_cast<int>(max >> 23);
+  return max == 0 || biased == 255 ? 0 : min(127 + 14 - biased, 126);
+}
+__device__ __forceinline__ float PowerOfTwo(int exponent) {  // -126 .. 127
+  return __int_as_float((127 + exponent) << 23);
+}
+
+// A row in one of the tiled layouts, whose rows have a norm. Warps measure their columns with
+// exponents of their own, so that they have to wait for each other once only.
+template <int kThreads, typename Rows>
+__device__ __forceinline__ void PrepareTiledRow(const Rows& rows, const Activations& to,
+                                                Layout layout, int columns, bool rounds,
+                                                int64_t row) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ uint2 measured[kWarps];  // the bits of a warp's maximum and of its sum of squares
+  const int groups = static_cast<int>(to.pitch / 8), lane = threadIdx.x % 32;
+  const auto load = [&](int index) {
+    Group group = {};
+    group.layout = layout;
+    if (8 * index < columns) {  // rows are whole units of 32 columns
+      const Four low = rows.At4(row, 8 * index), high = rows.At4(row, 8 * index + 4);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) group.v[i] = low.v[i], group.v[4 + i] = high.v[i];
+    }
+    if (rounds) group.RoundToQ8();
+    return group;
+  };
+  // Magnitudes are in the order of their bits, and NaN is the largest.
+  const auto largest = [](const Group& group) {
+    uint32_t max = 0;
+#pragma unroll
+    for (const float x : group.v) max = ::max(max, __float_as_uint(x) & 0x7fffffffu);
+    return max;
+  };
+  // The first group stays in registers. Lanes exchange values, so whole warps take part.
+  const Group first = load(threadIdx.x);
+  uint32_t max = largest(first);
+  for (int base = kThreads; base < groups; base += kThreads) {
+    max = ::max(max, largest(load(base + threadIdx.x)));
+  }
+  max = __reduce_max_sync(0xffffffffu, max);
+  const float own_factor = PowerOfTwo(ExponentOfBits(max));
+  float squares = first.Squares(own_factor);
+  for (int base = kThreads; base < groups; base += kThreads) {
+    squares += load(base + threadIdx.x).Squares(own_factor);
+  }
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, d);
+  if (lane == 0) measured[threadIdx.x / 32] = make_uint2(max, __float_as_uint(squares));
+  __syncthreads();
+  const uint2 other = measured[lane % kWarps];
+  const int exponent = ExponentOfBits(__reduce_max_sync(0xffffffffu, other.x));
+
+  const float factor = PowerOfTwo(exponent);
+  auto* values = static_cast<uint4*>(const_cast<void*>(to.values)) + row * groups;
+  for (int base = 0; base < groups; base += kThreads) {
+    const int index = base + threadIdx.x;
+    const Group group = base == 0 ? first : load(index);
+    const uint4 packed = PackTiled(layout, group, factor);
+    if (index < groups) values[TiledPlace(index)] = packed;
+  }
+  if (threadIdx.x >= 32) return;
+  // A warp of zeros has a smaller exponent than its row may have.
+  const float to_row = PowerOfTwo(::max(exponent - ExponentOfBits(other.x), -126));
+  squares = __uint_as_float(other.y) * to_row * to_row;
+#pragma unroll
+  for (int d = kWarps / 2; d > 0; d /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, d);
+  if (lane == 0) {
+    const_cast<float*>(to.scales)[row] = PowerOfTwo(-exponent);
+    const_cast<float*>(to.norms)[row] = 1.001f * sqrtf(squares);
+  }
+}
+
 // By one block. Few rows are a matter of latency: with a thread for every group nothing is loaded twice.
 template <int kThreads, typename Rows>
 __device__ __forceinline__ void PrepareRow(const Rows& rows, const Activations& to, Layout layout,
                                            int64_t columns, bool rounds, int64_t row) {
   if (!rows.Has(row)) return;
-  const bool scaled =
-      layout == Layout::kF16Lanes || layout == Layout::kF16 || IsTiled(layout);
+  if (IsTiled(layout)) {
+    PrepareTiledRow<kThreads>(rows, to, layout, static_cast<int>(columns), rounds, row);
+    return;
+  }
+  const bool scaled = layout == Layout::kF16Lanes || layout == Layout::kF16;
   const int64_t groups = to.pitch / 8;
   const auto load = [&](int64_t base) {
     Group group;
@@ -56,7 +124,6 @@ __device__ __forceinline__ void PrepareRow(const Rows& rows, const Activations& 
     group.inside = group.index < groups;
     group.layout = layout;
     group.Load(rows, row, columns);
-    if (rounds) group.RoundToQ8();
     return group;
   };
   // The first group stays in registers between the search for the maximum and the writing.
@@ -79,15 +146,8 @@ __device__ __forceinline__ void PrepareRow(const Rows& rows, const Activations& 
       const_cast<float*>(to.scales) + row * scales_a_row,
       const_cast<uint32_t*>(to.sums) + row * (to.pitch / 16)};
   // Quads exchange sums, so whole warps take part.
-  float squares = 0;
   for (int64_t base = 0; base < groups; base += kThreads) {
-    const Group group = base == 0 ? first : load(base);
-    Write(out, group, factor);
-    if (IsTiled(layout)) squares += group.Squares(factor);
-  }
-  if (IsTiled(layout)) {
-    squares = RowSum<kThreads>(squares);
-    if (threadIdx.x == 0) const_cast<float*>(to.norms)[row] = 1.001f * sqrtf(squares);
+    Write(out, base == 0 ? first : load(base), factor);
   }
 }
 

@@ -20,10 +20,6 @@ struct Group {
   Layout layout;
   float v[8];
 
-  // Where the group is written: in the tiled layouts, whose chunks are 16 groups, lane t of unit t.
-  __device__ int64_t Place() const {
-    return IsTiled(layout) ? index / 16 * 16 + index % 4 * 4 + index % 16 / 4 : index;
-  }
   // The columns of v[0 .. 3] and v[4 .. 7] begin here.
   __device__ int64_t Column(int half) const {
     if (layout != Layout::kF16Lanes && layout != Layout::kS8Lanes) return index * 8 + half * 4;
@@ -112,12 +108,25 @@ __device__ __forceinline__ uint4 TransposeUnits(uint4 own) {
   return own;
 }
 
-__device__ __forceinline__ void WriteHalves(const OutRow& out, const Group& group, float factor) {
+__device__ __forceinline__ uint4 PackGroup(const Group& group, float factor) {
   const float (&v)[8] = group.v;
-  uint4 packed = {PackHalves(v[0] * factor, v[1] * factor), PackHalves(v[2] * factor, v[3] * factor),
-                  PackHalves(v[4] * factor, v[5] * factor), PackHalves(v[6] * factor, v[7] * factor)};
-  if (out.layout == Layout::kF16Wide) packed = TransposeUnits(packed);
-  if (group.inside) reinterpret_cast<uint4*>(out.values)[group.Place()] = packed;
+  return {PackHalves(v[0] * factor, v[1] * factor), PackHalves(v[2] * factor, v[3] * factor),
+          PackHalves(v[4] * factor, v[5] * factor), PackHalves(v[6] * factor, v[7] * factor)};
+}
+
+// In the tiled layouts, whose chunks are 16 groups, what is written in place of a group, and where:
+// lane t has unit t.
+__device__ __forceinline__ uint4 PackTiled(Layout layout, const Group& group, float factor) {
+  const uint4 packed = PackGroup(group, factor);
+  return layout == Layout::kF16Wide ? TransposeUnits(packed) : packed;
+}
+__device__ __forceinline__ int TiledPlace(int index) {
+  return index / 16 * 16 + index % 4 * 4 + index % 16 / 4;
+}
+
+__device__ __forceinline__ void WriteHalves(const OutRow& out, const Group& group, float factor) {
+  const uint4 packed = PackGroup(group, factor);
+  if (group.inside) reinterpret_cast<uint4*>(out.values)[group.index] = packed;
   if (out.layout != Layout::kF16Lanes) return;
   float2 sum = {SumHalves(packed.x) + SumHalves(packed.y),
                 SumHalves(packed.z) + SumHalves(packed.w)};
@@ -216,8 +225,6 @@ __device__ __forceinline__ void Write(const OutRow& out, const Group& group, flo
   switch (out.layout) {
     case Layout::kF16Lanes:
     case Layout::kF16:
-    case Layout::kF16Narrow:
-    case Layout::kF16Wide:
       return WriteHalves(out, group, factor);
     case Layout::kS8Lanes:
       return WriteS8(out, group);
@@ -229,6 +236,9 @@ __device__ __forceinline__ void Write(const OutRow& out, const Group& group, flo
       return WritePair(out, group);
     case Layout::kF32:
       return WriteAs<float>(out, group);
+    case Layout::kF16Narrow:
+    case Layout::kF16Wide:
+      return;  // PrepareTiledRow
   }
 }
 

@@ -1,8 +1,11 @@
-// The down projection, the routing weights and the sum over slots in one kernel, for up to 32 pairs.
+// The down projection, the routing weights and the sum over slots in one kernel, for up to 32
+// pairs.
 //
-// A block owns 16 columns of y for all tokens. A team of 1, 2 or 4 of its warps shares a tile (up to 8
-// pairs of one expert), each with every 1st, 2nd or 4th 256 columns of h, and teams take turns at tiles: a
-// warp's bytes come through one ring across all of its tiles. What each found of every pair is added in a fixed order.
+// A block, or a cluster of two, owns 16 columns of y for all tokens. The steps of all tiles (up to
+// 8 pairs of one expert), one tile after another, are shared out evenly among the 4, 8 or 16 warps,
+// so that there are enough warps and none waits for another whatever the number of tiles. A warp's
+// bytes come through one ring across all of its tiles. What the warps found of a pair goes to the
+// block that adds it up, in the order of the warps and then of the slots.
 #pragma once
 
 #include "ffi/cuda/tiled_epilogue.cuh"
@@ -15,118 +18,224 @@ template <typename Format>
 struct TiledDownShape {
   using Narrow = TiledNarrowShape<Format>;
   static constexpr int kPairs = FewTiles::kPairs;
-  static constexpr int kWarps = 8;
-  static constexpr int kMostSplits = 4;
+  // A sum of every pair from each warp with a part of its tile: the pairs of a warp's tiles follow
+  // those of the tiles before, and each warp leaves a tile's places free, for it may share one with
+  // the next.
+  static constexpr int kSums = kPairs + Narrow::kTokens * kMostDownBlocks * kMostDownWarps;
 
+  struct alignas(16) Warp {
+    typename Narrow::Stage ring[Narrow::kStages];
+    uint64_t full[Narrow::kStages];
+    FewTiles::Table tiles;
+  };
   struct alignas(16) Memory {
-    uint8_t ring[kWarps][Narrow::kStages][Narrow::kStageBytes];
-    uint64_t full[kWarps][Narrow::kStages];
-    float sums[kPairs][kMostSplits][Narrow::kRows + 1];
-    FewTiles::Table tiles[kWarps];
+    float sums[kSums][Narrow::kRows + 1];
+    Warp warp[kMostDownWarps];  // no more of them than there are
   };
 };
 
 template <typename Format>
-__global__ void __launch_bounds__(32 * TiledDownShape<Format>::kWarps, 2)
-    TiledDown(const __grid_constant__ TiledDownArgs args) {
+class DownWarp {
+ public:
   using Down = TiledDownShape<Format>;
   using Shape = TiledNarrowShape<Format>;
-  extern __shared__ __align__(128) uint8_t shared[];
-  auto& memory = *reinterpret_cast<typename Down::Memory*>(shared);
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int splits = 1 << args.log_splits, teams = Down::kWarps >> args.log_splits;
-  const int team = warp >> args.log_splits, split = warp & (splits - 1);
-  LetNextKernelStart();
-  // Tiles from the ids, which are older than the kernel before this one.
-  FewTiles::Table& table = memory.tiles[warp];
-  FewTiles few(args.expert_ids, args.tokens * args.top_k, args.experts, table);
-  const int tiles = few.Number();
+  using Memory = typename Down::Memory;
 
-  const int row0 = blockIdx.x * Shape::kRows, stride = splits * Shape::kStep;
-  WarpRing<Format> ring(memory.ring[warp], memory.full[warp]);
-  // The steps of the team's tiles, one after another.
-  const int band_bytes = TiledRow<Format>::BandBytes(args.columns);
-  const int first_at = split * Shape::kStageBytes;
-  int fetch_tile = first_at < band_bytes ? team : tiles, fetch_at = first_at;
-  const auto fetch_ahead = [&] {
-    while (ring.HasPlace() && fetch_tile < tiles) {
-      const uint8_t* band = args.matrix.data +
-                            few.Expert(fetch_tile) * args.matrix.expert_bytes +
-                            row0 * args.row_bytes;
-      ring.Fetch(band + fetch_at, min(Shape::kStageBytes, band_bytes - fetch_at));
-      fetch_at += splits * Shape::kStageBytes;
-      if (fetch_at >= band_bytes) {
-        fetch_at = first_at;
-        fetch_tile += teams;
+  __device__ __forceinline__ DownWarp(const TiledDownArgs& args, Memory& memory)
+      : args_(args),
+        m_(memory),
+        ring_(memory.warp[threadIdx.x / 32].ring, memory.warp[threadIdx.x / 32].full),
+        table_(memory.warp[threadIdx.x / 32].tiles),
+        few_(args.expert_ids, args.tokens * args.top_k, args.experts, table_),
+        rank_(blockIdx.x % args.splits),
+        warp_(threadIdx.x / 32 * args.splits + rank_),
+        row0_(blockIdx.x / args.splits * Shape::kRows),
+        tile_steps_((args.columns + Shape::kStep - 1) / Shape::kStep),
+        band_bytes_(TiledRow<Format>::BandBytes(args.columns)) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (args.splits > 1) ArriveAtCluster();
+#endif
+    steps_ = few_.Number() * tile_steps_;
+    warps_ = min(static_cast<int>(blockDim.x) / 32 * args.splits, steps_);
+  }
+
+  __device__ __forceinline__ void Run() {
+    // Weights and tiles from the ids, both older than the kernel before this one.
+    if (warp_ < warps_) {
+      const int begin = warp_ * steps_ / warps_;
+      left_ = (warp_ + 1) * steps_ / warps_ - begin;
+      tile_ = begin / tile_steps_;
+      step_ = begin - tile_ * tile_steps_;
+      fetch_left_ = left_;
+      fetch_tile_ = tile_;
+      fetch_step_ = step_;
+      while (ring_.HasPlace() && fetch_left_ > 0) FetchStep();
+    }
+    FindPair();
+    WaitForStart();
+    WaitForEarlierKernels();
+    if (parts_ > 0) h_scale_ = args_.h_scales[threadIdx.x % 32];
+    if (left_ > 0) MultiplyTiles();
+    WaitForSums();
+    Finish();
+  }
+
+ private:
+  // What is to be known of pair lane at the end: where its sums are and from how many warps.
+  __device__ __forceinline__ void FindPair() {
+    const int lane = threadIdx.x % 32;
+    const FewTiles::Ranked ranked = few_.Rank();
+    expert_ = -1;
+    owner_ = lane / args_.top_k % args_.splits;
+    if (ranked.tile < 0) return;
+    expert_ = args_.expert_ids[lane];
+    if (args_.weights != nullptr) weight_ = args_.weights[lane];
+    const int begin = ranked.tile * tile_steps_;
+    const int first = ((begin + 1) * warps_ - 1) / steps_;
+    const int last = ((begin + tile_steps_) * warps_ - 1) / steps_;
+    sums_ = ranked.place + Shape::kTokens * first;
+    parts_ = last - first + 1;
+  }
+
+  // Nothing can be stored to a block that has not begun.
+  __device__ __forceinline__ void WaitForStart() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (args_.splits == 1) return;
+    WaitForCluster();
+#endif
+  }
+  __device__ __forceinline__ void StoreSum(float* to, int owner, float sum) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (args_.splits > 1) return StoreToBlock(to, owner, sum);
+#endif
+    *to = sum;
+  }
+  __device__ __forceinline__ void WaitForSums() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (args_.splits > 1) {
+      ArriveAtCluster();
+      return WaitForCluster();
+    }
+#endif
+    __syncthreads();
+  }
+
+  __device__ __forceinline__ void FetchStep() {
+    const int64_t expert = few_.Expert(fetch_tile_);
+    const TiledMatrix& matrix = args_.matrix;
+    const int at = fetch_step_ * Shape::kStageBytes;
+    const bool first = fetch_left_ == left_ || fetch_step_ == 0;
+    ring_.Fetch(matrix.data + expert * matrix.expert_bytes + row0_ * args_.row_bytes + at,
+                min(Shape::kStageBytes, band_bytes_ - at),
+                first ? matrix.aux + (expert * matrix.expert_rows + row0_) * 2 : nullptr);
+    --fetch_left_;
+    if (++fetch_step_ == tile_steps_) {
+      fetch_step_ = 0;
+      ++fetch_tile_;
+    }
+  }
+
+  // h of the pair of lane / 4 of the tile at hand, or of another where there is none.
+  __device__ __forceinline__ const half* RowOfH(int count) const {
+    const int g = threadIdx.x % 32 / 4;
+    return args_.h + table_.pair[g < count ? g : 0] * args_.h_pitch;
+  }
+
+  __device__ __forceinline__ void MultiplyTiles() {
+    const int t = threadIdx.x % 4;
+    int count = few_.Take(tile_);
+    StepOfX x(args_.columns);
+    x.MoveTo(RowOfH(count));
+    x.Load(step_ * Shape::kStep);
+    int left = left_;
+    while (left > 0) {
+      const int end = min(step_ + left, tile_steps_);
+      const int here = count;
+      int owners[2];  // of tokens 2 t and 2 t + 1
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        owners[i] = __shfl_sync(0xffffffffu, owner_, table_.pair[2 * t + i] % Down::kPairs);
       }
+      BandSums sums;
+      left -= end - step_;
+      for (int step = step_; step < end; ++step) {
+        int next = step + 1;
+        if (next == end) {
+          next = 0;
+          if (left > 0) {
+            __syncwarp();
+            count = few_.Take(tile_ + 1);
+            x.MoveTo(RowOfH(count));
+          }
+        }
+        MultiplyStep<Format>(ring_, x, step == step_, step * Shape::kStep, next * Shape::kStep,
+                             args_.columns, sums);
+        if (fetch_left_ > 0) FetchStep();
+      }
+      Deliver(sums, here, owners);
+      step_ = 0;
+      ++tile_;
     }
-  };
-  fetch_ahead();
-  // Normalisers of rows g and g + 8, a tile ahead.
-  const auto aux_of = [&](int tile) {
-    if (tile >= tiles) return make_float2(1.0f, 1.0f);
-    const float* aux = args.matrix.aux +
-                       (few.Expert(tile) * args.matrix.expert_rows + row0 + g) * 2;
-    return make_float2(aux[0], aux[16]);
-  };
-  float2 next = aux_of(team);
-  WaitForEarlierKernels();
-  for (int tile = team; tile < tiles; tile += teams) {
-    const int count = few.Take(tile);
-    const half* x_row = nullptr;
-    if (g < count) x_row = args.h + table.pair[g] * args.h_pitch;
-    const int begin = split * Shape::kStep;
-    ChunkOfX x;
-    x.Load(x_row, begin, args.columns);
-    const float normaliser[2] = {next.x, next.y};
-    next = aux_of(tile + teams);
-    const float factors[2] = {0x1p24f / normaliser[0], 0x1p24f / normaliser[1]};
-    float sum[2][4] = {};
-    for (int column = begin; column < args.columns; column += stride) {
-      MultiplyStep<Format>(ring, x_row, x, column, column + stride, args.columns, factors, sum);
-      fetch_ahead();
-    }
+  }
+
+  // To the blocks that the tokens belong to.
+  __device__ __forceinline__ void Deliver(const BandSums& sums, int count, const int (&owners)[2]) {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const int place = few_.Before(tile_) + Shape::kTokens * warp_;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int token = 2 * t + i % 2;
-      if (token < count) {
-        memory.sums[table.pair[token]][split][g + 8 * (i / 2)] =
-            (sum[0][i] + sum[1][i]) * normaliser[i / 2];
-      }
+      if (token >= count) continue;
+      StoreSum(&m_.sums[place + token][g + 8 * (i / 2)], owners[i % 2], sums.Sum(i));
     }
-    __syncwarp();
   }
-  __syncthreads();
 
-  const int row = threadIdx.x % Shape::kRows;
-  const Projection& p = args.projection;
-  for (int token = threadIdx.x / Shape::kRows; token < args.tokens;
-       token += 32 * Down::kWarps / Shape::kRows) {
-    // Slots are read several at a time and added one after another.
-    constexpr int kBatch = 8;
-    float y = 0;
-    for (int slot = 0; slot < args.top_k; slot += kBatch) {
-      int expert[kBatch];
-      float scale[kBatch], weight[kBatch];
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int pair = token * args.top_k + slot + i;
-        const bool there = slot + i < args.top_k;
-        expert[i] = there ? args.expert_ids[pair] : -1;
-        scale[i] = there ? args.h_scales[pair] : 0.0f;
-        weight[i] = there && args.weights != nullptr ? args.weights[pair] : 1.0f;
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (expert[i] < 0 || expert[i] >= args.experts) continue;
-        const int pair = token * args.top_k + slot + i;
+  // A lane has one column of a token at a time.
+  __device__ __forceinline__ void Finish() const {
+    const int lane = threadIdx.x % 32, row = lane % Shape::kRows;
+    for (int base = threadIdx.x / 32 * 2; rank_ + base * args_.splits < args_.tokens;
+         base += blockDim.x / Shape::kRows) {
+      const int token = rank_ + (base + lane / Shape::kRows) * args_.splits;
+      float y = 0;
+      for (int slot = 0; slot < args_.top_k; ++slot) {
+        const int pair = min(token * args_.top_k + slot, Down::kPairs - 1);
+        const int parts = __shfl_sync(0xffffffffu, parts_, pair);
+        const int first = __shfl_sync(0xffffffffu, sums_, pair);
+        const float scale = __shfl_sync(0xffffffffu, h_scale_, pair);
+        const float weight = __shfl_sync(0xffffffffu, weight_, pair);
+        const int expert = __shfl_sync(0xffffffffu, expert_, pair);
+        if (parts == 0) continue;
         float value = 0;
-        for (int s = 0; s < splits; ++s) value += memory.sums[pair][s][row];
-        y += FinishProjection(p, value * scale[i], expert[i], row0 + row) * weight[i];
+        for (int i = 0; i < parts; ++i) value += m_.sums[first + Shape::kTokens * i][row];
+        y += FinishProjection(args_.projection, value * scale, expert, row0_ + row) * weight;
+      }
+      if (token < args_.tokens) {
+        Store(args_.y, token * args_.y_pitch + row0_ + row, args_.y_type, y);
       }
     }
-    Store(args.y, token * args.y_pitch + row0 + row, args.y_type, y);
   }
+
+  const TiledDownArgs& args_;
+  Memory& m_;
+  WarpRing<Format> ring_;
+  FewTiles::Table& table_;
+  FewTiles few_;
+  const int rank_, warp_;  // of the block and the warp in the cluster
+  const int row0_, tile_steps_, band_bytes_;
+  int steps_, warps_;             // all of the cluster's, and the warps that have some
+  int left_ = 0, tile_, step_;    // this warp's steps, and where they begin
+  int fetch_left_ = 0, fetch_tile_, fetch_step_;
+  // Of pair lane.
+  int expert_, owner_, sums_ = 0, parts_ = 0;  // owner: of its token
+  float h_scale_ = 0, weight_ = 1;
+};
+
+template <typename Format>
+__global__ void __launch_bounds__(32 * kMostDownWarps, 2)
+    TiledDown(const __grid_constant__ TiledDownArgs args) {
+  extern __shared__ __align__(128) uint8_t shared[];
+  LetNextKernelStart();
+  DownWarp<Format>(args, *reinterpret_cast<typename TiledDownShape<Format>::Memory*>(shared)).Run();
 }
 
 }  // namespace jax_moe::cuda

@@ -23,10 +23,9 @@ __device__ __forceinline__ float PairFactor(const TiledArgs& args, int pair) {
   return weight * args.x.scales[pair / args.pairs_a_row];
 }
 
-// Exponent b with bound <= 2^b.
+// Exponent b with bound <= 2^b, for a bound that is not negative; 129 where it is not finite.
 __device__ __forceinline__ int BoundExponent(float bound) {
-  if (bound == 0) return -126;
-  return bound < INFINITY ? ilogbf(bound) + 1 : 129;
+  return static_cast<int>(__float_as_uint(bound) >> 23 & 0xff) - 126;
 }
 
 // What bounds h of a pair, loaded well before it is used.

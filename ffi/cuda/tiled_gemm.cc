@@ -9,8 +9,34 @@
 namespace jax_moe::cuda {
 namespace {
 
-cudaError_t Launch(const TiledKernel& kernel, dim3 grid, void** parameters, cudaStream_t stream) {
-  return LaunchEarly(kernel.function, grid, kernel.threads, kernel.shared_bytes, stream, parameters);
+cudaError_t Launch(const TiledKernel& kernel, dim3 grid, void** parameters, cudaStream_t stream,
+                   int cluster = 1) {
+  return LaunchEarly(kernel.function, grid, kernel.threads, kernel.shared_bytes, stream, parameters,
+                     cluster);
+}
+
+// The warps that share a band of down, and the blocks that they are in.
+struct DownShape {
+  int warps, blocks;
+};
+
+// Takes least time: rounds of all the warps that the device has places for, each of a part of a
+// band, and no more warps than there are steps for. One block, unless two are spread more evenly.
+DownShape ChooseDown(int64_t bands, int64_t steps, bool hopper) {
+  if (!hopper) return {kMostDownWarps, 1};
+  constexpr int kMost = kMostDownWarps * kMostDownBlocks, kLeast = kMost / 4, kFewestSteps = 3;
+  const int64_t multiprocessors = Multiprocessors();
+  const auto rounds = [&](int64_t parts, int64_t places) { return (parts + places - 1) / places; };
+  const auto cost = [&](int warps) {
+    return rounds(bands * warps, multiprocessors * 2 * kMostDownWarps) * (kMost / warps);
+  };
+  int best = kLeast;
+  for (int warps = 2 * kLeast; warps <= kMost && warps * kFewestSteps <= steps; warps *= 2) {
+    if (cost(warps) < cost(best)) best = warps;
+  }
+  if (best == kLeast) return {best, 1};
+  const bool even = 2 * rounds(bands, multiprocessors) <= rounds(2 * bands, multiprocessors);
+  return {best, best <= kMostDownWarps && even ? 1 : 2};
 }
 
 // One block for every place on the device, but no more than there are items.
@@ -44,11 +70,18 @@ cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t 
   return Launch(kernel, *grid, parameters, stream);
 }
 
-cudaError_t LaunchTiledDown(const TiledKernel& kernel, const TiledDownArgs& args,
-                            cudaStream_t stream) {
-  void* parameters[] = {const_cast<TiledDownArgs*>(&args)};
-  return Launch(kernel, dim3(static_cast<unsigned>(args.y_pitch / kernel.block_rows)), parameters,
-                stream);
+cudaError_t LaunchTiledDown(const TiledKernels& kernels, TiledDownArgs args, cudaStream_t stream) {
+  TiledKernel kernel = kernels.down;
+  const int64_t bands = args.y_pitch / kernel.block_rows;
+  const int64_t steps = int64_t{args.tokens} * args.top_k * ((args.columns + 255) / 256);
+  const DownShape shape = ChooseDown(bands, steps, IsHopper());
+  const int warps = shape.warps / shape.blocks;
+  kernel.threads = 32 * warps;
+  kernel.shared_bytes -= (kMostDownWarps - warps) * kernels.down_warp_bytes;
+  args.splits = shape.blocks;
+  void* parameters[] = {&args};
+  return Launch(kernel, dim3(static_cast<unsigned>(bands * shape.blocks)), parameters, stream,
+                shape.blocks);
 }
 
 cudaError_t ConfigureTiled(const TiledKernels& kernels, bool hopper) {

@@ -52,6 +52,10 @@ struct TiledKernel {
   int blocks;      // a multiprocessor, of a persistent grid; 0: a block for every tile and band
 };
 
+// Warps of a thread block, of which a multiprocessor of sm_90 takes twice as many, and blocks of a
+// cluster.
+inline constexpr int kMostDownWarps = 8, kMostDownBlocks = 2;
+
 // y[t] = sum over slots s of weight[t, s] * down_e h, in slot order, for at most 32 pairs.
 struct TiledDownArgs {
   TiledMatrix matrix;
@@ -62,7 +66,7 @@ struct TiledDownArgs {
   int64_t h_pitch;
   const int32_t* expert_ids;
   int32_t experts, tokens, top_k;
-  int32_t log_splits;    // log2 of the warps, at most 4, that share a tile
+  int32_t splits;        // blocks, a cluster, that share 16 columns of y: LaunchTiledDown's affair
   const float* weights;  // [tokens, top_k]; null: 1
   Projection projection;
   void* y;  // [tokens, y_pitch], y_pitch a multiple of 16: the matrix' rows
@@ -73,7 +77,8 @@ struct TiledDownArgs {
 struct TiledKernels {
   TiledKernel narrow;   // 8 tokens, kF16Narrow
   TiledKernel wide[3];  // 32, 64 and 128 tokens, kF16Wide; Hopper only
-  TiledKernel down;     // takes TiledDownArgs
+  TiledKernel down;     // takes TiledDownArgs; threads and memory are the most of a block
+  int down_warp_bytes;  // of shared memory, a warp
 };
 
 // The kernels of one format, instantiated in tiled_*.cu.
@@ -85,7 +90,7 @@ const TiledKernels* FindTiledKernels(int format);
 
 cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t stream);
 
-cudaError_t LaunchTiledDown(const TiledKernel& kernel, const TiledDownArgs& args,
+cudaError_t LaunchTiledDown(const TiledKernels& kernels, TiledDownArgs args,
                             cudaStream_t stream);
 
 // Lets the kernels use their shared memory on the current device. Before the first launch, outside of

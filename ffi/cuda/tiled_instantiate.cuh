@@ -24,14 +24,15 @@ template <typename GgufFormat>
 const TiledKernels& Tiled() {
   using Format = TiledBlock<GgufFormat>;
   using Narrow = TiledNarrowShape<Format>;
+  using Down = TiledDownShape<Format>;
   static const TiledKernels kernels = {
       {reinterpret_cast<const void*>(&TiledNarrow<Format>), 32 * Narrow::kWarps, Narrow::kTokens,
        Narrow::kRows, sizeof(typename Narrow::Memory), /*pads_rows=*/false, Narrow::kBlocks},
       {DescribeTiledWide<Format, 32>(), DescribeTiledWide<Format, 64>(),
        DescribeTiledWide<Format, 128>()},
-      {reinterpret_cast<const void*>(&TiledDown<Format>), 32 * TiledDownShape<Format>::kWarps, Narrow::kTokens,
-       Narrow::kRows, sizeof(typename TiledDownShape<Format>::Memory), /*pads_rows=*/false,
-       /*blocks=*/0}};
+      {reinterpret_cast<const void*>(&TiledDown<Format>), 32 * kMostDownWarps, Narrow::kTokens,
+       Narrow::kRows, sizeof(typename Down::Memory), /*pads_rows=*/false, /*blocks=*/0},
+      sizeof(typename Down::Warp)};
   return kernels;
 }
 

@@ -1,11 +1,12 @@
 // Tiled weights times up to 8 tokens of an expert: bound by the bytes of the weights.
 //
-// A persistent grid. An item is a tile of tokens and a band of 16 rows, of gate and up both where both are
-// there. A team of 1, 2, 4 or 8 warps has an item, each warp every 1st, 2nd, ... 256 columns of it. Items
-// go out in rounds to teams of one size, and those that are left over to larger teams, so that the last
-// round is short (NarrowSchedule). A warp streams the bytes of its items, one after another, through a ring in
-// shared memory of its own, several hundred cycles ahead, and decodes them straight into tensor-core
-// operands. Warps wait for their team only, once an item, to add their sums in warp order.
+// A persistent grid. An item is a tile of tokens and a band of 16 rows, of gate and up both where
+// both are there. A team of 1, 2, 4 or 8 warps has an item, each warp every 1st, 2nd, ... 256
+// columns of it. Items go out in rounds to teams of one size, and those that are left over to
+// larger teams, so that the last round is short (NarrowSchedule). A warp streams the bytes of its
+// items, one after another, through a ring in shared memory of its own, several hundred cycles
+// ahead, and decodes them straight into tensor-core operands. Warps wait for their team only, once
+// an item, to add their sums in warp order.
 #pragma once
 
 #include "ffi/cuda/hopper.cuh"
@@ -20,13 +21,13 @@ struct WarpTile {
   int expert, count, pair;
 };
 
-// The first `whole` items go to teams of 2^log_splits warps in rounds without idle teams, the others to
-// teams of 2^rest_log_splits.
+// The first `whole` items go to teams of 2^log_splits warps in rounds without idle teams, the
+// others to teams of 2^rest_log_splits.
 struct NarrowSchedule {
   int whole, log_splits, rest_log_splits;
 
-  // The schedule that takes least, by a whole warp: a round takes the steps of 256 columns of a warp of its
-  // teams, and about a step and a half for what an item costs besides.
+  // The schedule that takes least, by a whole warp: a round takes the steps of 256 columns of a
+  // warp of its teams, and about a step and a half for what an item costs besides.
   static __device__ __forceinline__ NarrowSchedule Choose(unsigned items, unsigned warps, int steps,
                                                           int matrices) {
     constexpr unsigned kMostLogSplits = 3, kItemQuarters = 6;
@@ -64,12 +65,13 @@ class NarrowWarp {
         matrices_(args.activate && args.gated ? 2 : 1),
         first_matrix_(args.activate && !args.gated ? 1 : 0),
         bands_(args.rows / Shape::kRows),
-        band_bytes_(TiledRow<Format>::BandBytes(args.columns)) {}
+        band_bytes_(TiledRow<Format>::BandBytes(args.columns)),
+        x_(args.columns) {}
 
   __device__ __forceinline__ void Run() {
     LetNextKernelStart();
-    // With the ids at hand, which are older than the kernel before this one, weights can be on their
-    // way before that one has ended.
+    // With the ids at hand, which are older than the kernel before this one, weights can be on
+    // their way before that one has ended.
     const bool early = args_.lists.expert_ids != nullptr;
     FewTiles few(args_.lists.expert_ids, early ? static_cast<int>(args_.lists.max_tiles) : 0,
                  args_.lists.experts, m_.tiles[warp_]);
@@ -83,45 +85,47 @@ class NarrowWarp {
     bool more = item_ < items_;
     if (more) {
       next = ShareAt(few);
-      next_ = SourceOf(next);
+      LetFetch(next);
       FetchAhead();
-      LoadNormalisers(next);
     }
     if (early) WaitForEarlierKernels();
+    if (!more) return;
+    x_.MoveTo(RowOfX(next.tile));
+    x_.Load(next.split * Shape::kStep);
     while (more) {
       share = next;
       Advance();
       more = item_ < items_;
-      const float current[2][2] = {{normaliser_[0][0], normaliser_[0][1]},
-                                   {normaliser_[1][0], normaliser_[1][1]}};
       if (more) {
         next = ShareAt(few);
-        next_ = SourceOf(next);
-        LoadNormalisers(next);
+        LetFetch(next);
       }
       FetchAhead();
-      Item(share, current);
+      Multiply(share, next);
+      Finish(share);
     }
   }
 
  private:
-  // One warp's part of an item: every 2^log_splits-th step of the tile's band, from step `split` on.
+  // One warp's part of an item: every 2^log_splits-th step of the tile's band, from step `split`
+  // on.
   struct Share {
     WarpTile tile;
     int band, log_splits, split;
   };
 
-  // Where a warp's steps are fetched from: those of one share, gate's first.
-  struct Source {
-    const uint8_t* band = nullptr;  // of the first matrix
-    int64_t to_second = 0;
-    int first = 1 << 30, stride = 0;  // bytes
+  // Where a share's weights are.
+  struct Bands {
+    int expert, band, log_splits, split;
   };
 
   __device__ __forceinline__ int Warps() const { return gridDim.x * Shape::kWarps; }
   __device__ __forceinline__ int GridWarp() const { return blockIdx.x * Shape::kWarps + warp_; }
+  // In rounds without idle teams a block's teams have neighbouring items, of the same tokens. The
+  // others' teams are numbered across the blocks, so that the items are spread over all
+  // multiprocessors.
   __device__ __forceinline__ int FirstOfRest() const {
-    return schedule_.whole + (GridWarp() >> schedule_.rest_log_splits);
+    return schedule_.whole + (warp_ >> schedule_.rest_log_splits) * gridDim.x + blockIdx.x;
   }
   __device__ __forceinline__ int LogSplits() const {
     return in_rest_ ? schedule_.rest_log_splits : schedule_.log_splits;
@@ -151,89 +155,92 @@ class NarrowWarp {
     return {tile, item_ - index * bands_, LogSplits(), warp_ & ((1 << LogSplits()) - 1)};
   }
 
-  __device__ __forceinline__ const uint8_t* BandOf(int which, int expert, int band) const {
-    const TiledMatrix& matrix = args_.matrix[which];
-    return matrix.data + expert * matrix.expert_bytes + band * Shape::kRows * args_.row_bytes;
-  }
-  __device__ __forceinline__ Source SourceOf(const Share& share) const {
-    const uint8_t* first = BandOf(first_matrix_, share.tile.expert, share.band);
-    return {first, matrices_ == 2 ? BandOf(1, share.tile.expert, share.band) - first : 0,
-            share.split * Shape::kStageBytes, Shape::kStageBytes << share.log_splits};
+  __device__ __forceinline__ void LetFetch(const Share& share) {
+    next_ = {share.tile.expert, share.band, share.log_splits, share.split};
+    has_next_ = true;
   }
 
-  // Moves on to a step to fetch, of this share or the next one; false where there is none yet.
-  __device__ __forceinline__ bool HasStep() {
-    if (fetch_at_ < band_bytes_) return true;
+  // Moves on to the next band to fetch, of this share or the next one; false where there is none
+  // yet.
+  __device__ __forceinline__ bool NextBand() {
     if (fetch_matrix_ + 1 < matrices_) {
       ++fetch_matrix_;
-    } else if (next_.band != nullptr) {
-      source_ = next_;
-      next_ = {};
+    } else if (has_next_) {
+      fetched_ = next_;
+      has_next_ = false;
       fetch_matrix_ = 0;
     } else {
       return false;
     }
-    fetch_at_ = source_.first;
-    return true;  // a share has a step at least
+    const TiledMatrix& matrix = args_.matrix[first_matrix_ + fetch_matrix_];
+    const int row = fetched_.band * Shape::kRows, skipped = fetched_.split * Shape::kStageBytes;
+    fetch_from_ =
+        matrix.data + fetched_.expert * matrix.expert_bytes + row * args_.row_bytes + skipped;
+    fetch_aux_ = matrix.aux + (fetched_.expert * matrix.expert_rows + row) * 2;
+    fetch_left_ = band_bytes_ - skipped;  // a share has a step at least
+    fetch_stride_ = Shape::kStageBytes << fetched_.log_splits;
+    return true;
+  }
+
+  __device__ __forceinline__ bool FetchStep() {
+    if (fetch_left_ <= 0 && !NextBand()) return false;
+    ring_.Fetch(fetch_from_, min(Shape::kStageBytes, fetch_left_), fetch_aux_);
+    fetch_from_ += fetch_stride_;
+    fetch_left_ -= fetch_stride_;
+    fetch_aux_ = nullptr;
+    return true;
   }
 
   __device__ __forceinline__ void FetchAhead() {
-    while (ring_.HasPlace() && HasStep()) {
-      const uint8_t* from = source_.band + (fetch_matrix_ == 0 ? 0 : source_.to_second);
-      ring_.Fetch(from + fetch_at_, min(Shape::kStageBytes, band_bytes_ - fetch_at_));
-      fetch_at_ += source_.stride;
+    while (ring_.HasPlace() && FetchStep()) {
     }
   }
 
-  // Those of rows lane / 4 and lane / 4 + 8 of the next share, a share ahead.
-  __device__ __forceinline__ void LoadNormalisers(const Share& share) {
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      if (m == matrices_) break;
-      const TiledMatrix& matrix = args_.matrix[first_matrix_ + m];
-      const float* aux = matrix.aux + (share.tile.expert * matrix.expert_rows +
-                                       share.band * Shape::kRows + lane_ / 4) * 2;
-      normaliser_[m][0] = aux[0];
-      normaliser_[m][1] = aux[16];
-    }
+  // Of lane / 4's token, or where there is none of the tile's first.
+  __device__ __forceinline__ const half* RowOfX(const WarpTile& tile) const {
+    const int first = __shfl_sync(0xffffffffu, tile.pair, 0);
+    const int row = (tile.pair >= 0 ? tile.pair : first) / args_.pairs_a_row;
+    return static_cast<const half*>(args_.x.values) + row * args_.x.pitch;
   }
 
-  __device__ __forceinline__ void Item(const Share& share, const float (&normaliser)[2][2]) {
+  // next: the share that follows, whose first activations are loaded at the end; or the same again.
+  __device__ __forceinline__ void Multiply(const Share& share, const Share& next) {
     const int g = lane_ / 4, t = lane_ % 4;
     const WarpTile& tile = share.tile;
-    const half* x_row = nullptr;
-    BoundOfH known = {};
-    if (tile.pair >= 0) {
-      x_row = static_cast<const half*>(args_.x.values) + tile.pair / args_.pairs_a_row * args_.x.pitch;
-      known.Load(args_, tile.expert, tile.pair);
-    }
+    if (tile.pair >= 0) known_.Load(args_, tile.expert, tile.pair);
     const int begin = share.split * Shape::kStep, stride = Shape::kStep << share.log_splits;
-    ChunkOfX x;
-    x.Load(x_row, begin, args_.columns);
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      if (m == matrices_) break;
-      const float factors[2] = {0x1p24f / normaliser[m][0], 0x1p24f / normaliser[m][1]};
-      float sum[2][4] = {};
+#pragma unroll 1
+    for (int m = 0; m < matrices_; ++m) {
+      BandSums sums;
 #pragma unroll 1
       for (int column = begin; column < args_.columns; column += stride) {
-        const int next = column + stride < args_.columns ? column + stride : begin;
-        MultiplyStep<Format>(ring_, x_row, x, column, next, args_.columns, factors, sum);
-        FetchAhead();
+        int next_column = column + stride;
+        if (next_column >= args_.columns) {
+          next_column = begin;
+          if (m == matrices_ - 1) {
+            x_.MoveTo(RowOfX(next.tile));
+            next_column = next.split * Shape::kStep;
+          }
+        }
+        MultiplyStep<Format>(ring_, x_, column == begin, column, next_column, args_.columns, sums);
+        FetchStep();
       }
       // A lane holds rows g and g + 8 of tokens 2 t and 2 t + 1.
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        m_.sums[warp_][m][2 * t + i % 2][g + 8 * (i / 2)] =
-            (sum[0][i] + sum[1][i]) * normaliser[m][i / 2];
+        m_.sums[warp_][m][2 * t + i % 2][g + 8 * (i / 2)] = sums.Sum(i);
       }
     }
+  }
+
+  __device__ __forceinline__ void Finish(const Share& share) {
+    const WarpTile& tile = share.tile;
     float h_factor = 0;
     if (args_.activate && tile.pair >= 0) {
-      h_factor = ScaleOfH(args_, known, tile.expert, tile.pair, share.band == 0 && t == 0);
+      h_factor = ScaleOfH(args_, known_, tile.expert, tile.pair, share.band == 0 && lane_ % 4 == 0);
     }
     SyncTeam(share.log_splits);
-    Store(share, known.Factor(), h_factor);
+    Store(share, known_.Factor(), h_factor);
     SyncTeam(share.log_splits);
   }
 
@@ -300,10 +307,15 @@ class NarrowWarp {
   NarrowSchedule schedule_ = {};
   int items_ = 0, item_ = 0;  // all of them; the one of the share that is found next
   bool in_rest_ = false;
-  Source source_, next_;
-  float normaliser_[2][2] = {};
-  // The step that is fetched next: at first, the next share's.
-  int fetch_at_ = 1 << 30, fetch_matrix_ = 1;
+  StepOfX x_;
+  BoundOfH known_ = {};
+  // What is fetched after the share that is fetched now, if anything.
+  Bands fetched_ = {}, next_ = {};
+  bool has_next_ = false;
+  // The step that is fetched next, and the bytes from it to the band's end: none at first.
+  const uint8_t* fetch_from_ = nullptr;
+  const float* fetch_aux_ = nullptr;  // null but for a band's first step
+  int fetch_left_ = 0, fetch_stride_ = 0, fetch_matrix_ = 1;
 };
 
 template <typename Format>

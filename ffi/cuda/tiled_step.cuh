@@ -1,4 +1,5 @@
-// What a warp does with 16 rows and 256 columns of tiled weights that have come, for up to 8 tokens.
+// What a warp does with 16 rows and 256 columns of tiled weights that have come, for up to 8
+// tokens.
 #pragma once
 
 #include "ffi/cuda/ptx.cuh"
@@ -21,46 +22,95 @@ __device__ __forceinline__ void MultiplySteps(float (&sum)[4], const LaneUnit<Fo
   }
 }
 
-// The activations of a chunk for a lane, loaded a chunk before they are needed.
-struct ChunkOfX {
-  uint4 v[4];
+// A lane's activations of a step: each chunk's are loaded as soon as those of the step before have
+// been used. x_row: of token lane / 4, or of any other token where there is no such one, for a
+// token's sums depend on its own activations only.
+class StepOfX {
+ public:
+  uint4 v[2][4];
 
-  // From `column` on of a token's row, null where there is no token; zeros past the end.
-  __device__ __forceinline__ void Load(const half* x_row, int column, int columns) {
-    const int t = threadIdx.x % 4;
-    const bool inside = x_row != nullptr && column + 32 * t < columns;
+  __device__ __forceinline__ explicit StepOfX(int columns)
+      : columns_(columns - 32 * (threadIdx.x % 4)) {}
+
+  // What is loaded from now on is of another token.
+  __device__ __forceinline__ void MoveTo(const half* x_row) {
+    from_ = x_row + 8 * (threadIdx.x % 4);
+  }
+
+  // From `column` on. Past the end weights are zeros, and any activations of the row will do: what
+  // pads it may not be finite.
+  __device__ __forceinline__ void Load(int chunk, int column) {
+    column += 128 * chunk;
+    const auto* from = reinterpret_cast<const uint4*>(from_ + (column < columns_ ? column : 0));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      v[i] = inside ? *reinterpret_cast<const uint4*>(x_row + column + 32 * i + 8 * t) : uint4{};
-    }
+    for (int i = 0; i < 4; ++i) v[chunk][i] = from[4 * i];
+  }
+  __device__ __forceinline__ void Load(int column) {
+    Load(0, column);
+    Load(1, column);
+  }
+
+ private:
+  const half* from_;
+  int columns_;  // from this lane's unit on
+};
+
+// What a warp has of a band: the sums of rows lane / 4 and lane / 4 + 8 in the order of
+// MultiplyF16, and 2^24 over these rows' normalisers, by which weights are multiplied.
+struct BandSums {
+  float sum[4], factor[2];
+
+  __device__ __forceinline__ void Begin(const float (&aux)[16][2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) factor[i] = Inverse(aux[threadIdx.x % 32 / 4 + 8 * i][0]);
+#pragma unroll
+    for (float& value : sum) value = 0;
+  }
+  __device__ __forceinline__ float Sum(int i) const { return sum[i] * Inverse(factor[i / 2]); }
+
+ private:
+  // 2^24 / x of a power of two; of NaN, which a normaliser may be, a number by which the sum is NaN
+  // again.
+  static __device__ __forceinline__ float Inverse(float x) {
+    return __uint_as_float((278u << 23) - __float_as_uint(x));
   }
 };
 
-// Adds the products of one step, 256 columns from `column` on, those of each chunk to sums of its own.
-// x: of the step's first chunk; becomes that of the chunk at `next_column`.
-template <typename Format>
-__device__ __forceinline__ void MultiplyStep(WarpRing<Format>& ring, const half* x_row, ChunkOfX& x,
-                                             int column, int next_column, int columns,
-                                             const float (&normaliser)[2], float (&sum)[2][4]) {
+// kWhole: all units of both chunks are there.
+template <typename Format, bool kWhole>
+__device__ __forceinline__ void MultiplyStage(const uint8_t* stage, StepOfX& x, int column,
+                                              int next_column, int columns, BandSums& sums) {
   using Tiled = TiledUnit<Format>;
-  constexpr int kChunks = 2;  // of a step
-  const int lane = threadIdx.x % 32, t = lane % 4;
-  const uint8_t* stage = ring.Wait();
+  const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
-    const int units = min(4, (columns - column) / 32 - 4 * c);
-    if (Tiled::kChunks == 1 && c > 0 && units <= 0) break;
-    const ChunkOfX now = x;
-    const bool last = c == kChunks - 1 || (Tiled::kChunks == 1 && column + 128 >= columns);
-    x.Load(x_row, last ? next_column : column + 128, columns);
-    const uint8_t* atom =
-        Tiled::kChunks == 2 ? stage : stage + TiledRow<Format>::BandBytes(128 * c);
-    typename Tiled::Place place = {units, Tiled::kChunks == 2 ? c : 0, lane / 4, t};
-    LaneUnit<Format> low, high;
-    low.Load(atom, place, normaliser[0]);
-    place.row += 8;
-    high.Load(atom, place, normaliser[1]);
-    MultiplySteps<Format>(sum[c], low, high, now.v);
+  for (int c = 0; c < 2; ++c) {
+    const int units = kWhole ? 4 : min(4, (columns - column) / 32 - 4 * c);
+    if (kWhole || units > 0) {
+      const uint8_t* atom =
+          Tiled::kChunks == 2 ? stage : stage + TiledRow<Format>::BandBytes(128 * c);
+      typename Tiled::Place place = {units, Tiled::kChunks == 2 ? c : 0, lane / 4, lane % 4};
+      LaneUnit<Format> low, high;
+      low.Load(atom, place, sums.factor[0]);
+      place.row += 8;
+      high.Load(atom, place, sums.factor[1]);
+      MultiplySteps<Format>(sums.sum, low, high, x.v[c]);
+    }
+    x.Load(c, next_column);
+  }
+}
+
+// Adds the products of the ring's next step, 256 columns from `column` on. first: the band's sums
+// begin. x: of the step; becomes that of the step at `next_column`, not past the end.
+template <typename Format>
+__device__ __forceinline__ void MultiplyStep(WarpRing<Format>& ring, StepOfX& x, bool first,
+                                             int column, int next_column, int columns,
+                                             BandSums& sums) {
+  const auto& stage = ring.Wait();
+  if (first) sums.Begin(stage.aux);
+  if (TiledUnit<Format>::kChunks == 2 || column + 256 <= columns) {
+    MultiplyStage<Format, true>(stage.weights, x, column, next_column, columns, sums);
+  } else {
+    MultiplyStage<Format, false>(stage.weights, x, column, next_column, columns, sums);
   }
   __syncwarp();
 }
