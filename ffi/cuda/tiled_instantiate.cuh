@@ -20,9 +20,8 @@ TiledKernel DescribeTiledWide() {
           /*blocks=*/0};
 }
 
-template <typename GgufFormat>
+template <typename Format>
 const TiledKernels& Tiled() {
-  using Format = TiledBlock<GgufFormat>;
   using Narrow = TiledNarrowShape<Format>;
   using Down = TiledDownShape<Format>;
   static const TiledKernels kernels = {

@@ -429,19 +429,4 @@ struct TiledUnit<IQ3_S> : FourBitScaled<16> {
 };
 #undef JM_LOAD
 
-// A format with the bytes that a block has in the tiled layout: what the kernels are compiled for.
-template <typename Format>
-struct TiledBlock : Format {
-  static constexpr int kBytes = tiled::Sizes<Format>::kBytes;
-};
-template <typename Format>
-struct TiledUnit<TiledBlock<Format>> : TiledUnit<Format> {};
-
 }  // namespace jax_moe::cuda
-
-namespace jax_moe {
-
-template <typename Format>
-struct FieldsOf<cuda::TiledBlock<Format>> : FieldsOf<Format> {};
-
-}  // namespace jax_moe

@@ -101,7 +101,7 @@ template <typename Format>
 struct TiledRow {
   // Bytes of a band's columns 0 .. columns - 1, columns a multiple of a block.
   static __device__ __forceinline__ int BandBytes(int columns) {
-    return columns / Format::kBlock * Format::kBytes * 16;
+    return columns / Format::kBlock * tiled::Sizes<Format>::kBytes * 16;
   }
 };
 

@@ -24,7 +24,8 @@ struct TiledWideShape {
   static constexpr int kBands = 8 * kGroups;
   static constexpr int kChunk = 128;  // columns
   static constexpr int kAtomChunks = TiledUnit<Format>::kChunks;
-  static constexpr int kAtomBytes = 16 * kAtomChunks * kChunk / Format::kBlock * Format::kBytes;
+  static constexpr int kAtomBytes =
+      16 * kAtomChunks * kChunk / Format::kBlock * tiled::Sizes<Format>::kBytes;
   static constexpr int kWeightBytes = kBands * kAtomBytes;    // a stage
   static constexpr int kTokenBytes = kTokens * 2 * kChunk;    // a stage
   static constexpr int kBudget = (232448 - 1024 * kBlocks) / kBlocks - 4096;

@@ -17,7 +17,8 @@ struct TiledNarrowShape {
   static constexpr int kWarps = 8;
   static constexpr int kBlocks = 2;  // a multiprocessor of sm_90
   static constexpr int kStep = 256;  // columns of a ring's stage
-  static constexpr int kStageBytes = kRows * kStep / Format::kBlock * Format::kBytes;
+  static constexpr int kStageBytes =
+      kRows * kStep / Format::kBlock * tiled::Sizes<Format>::kBytes;
   static constexpr int kAuxBytes = kRows * 2 * 4;  // of a band
   // Sums of a warp's band of gate and of up, padded to spread a quad's tokens over the banks.
   static constexpr int kSumRows = kRows + 4;
