@@ -8,8 +8,7 @@ namespace {
 // Sorts the pairs and cuts them into tiles of `tile_tokens`.
 SortArgs ListsOf(const Ffn& ffn, int tile_tokens) {
   return {ffn.expert_ids, ffn.pairs, ffn.experts, ffn.Ints(ffn.layout.pairs), nullptr,
-          ffn.Ints(ffn.layout.offsets), ffn.Ints(ffn.layout.counts), ffn.Tiles(),
-          ffn.Ints(ffn.layout.num_tiles), tile_tokens};
+          ffn.Ints(ffn.layout.offsets), ffn.Tiles(), ffn.Ints(ffn.layout.num_tiles), tile_tokens};
 }
 
 // How activations of this type are prepared for a weight, in `memory`.
@@ -174,15 +173,11 @@ class Products {
   }
 
  private:
-  // The first lists, and x: in one launch where a block can sort.
+  // The first lists, and x.
   cudaError_t SortAndPrepare(int tile_tokens, const PreparedRows& x) {
-    if (SortsInOneBlock(ffn_.pairs, ffn_.experts)) {
-      tile_tokens_ = tile_tokens;
-      const SortArgs sort = ListsOf(ffn_, tile_tokens);
-      return LaunchPrepare(ffn_.x, ffn_.type, x, stream_, &sort);
-    }
-    const cudaError_t status = UseTiles(tile_tokens);
-    return status == cudaSuccess ? LaunchPrepare(ffn_.x, ffn_.type, x, stream_) : status;
+    tile_tokens_ = tile_tokens;
+    const SortArgs sort = ListsOf(ffn_, tile_tokens);
+    return LaunchPrepare(ffn_.x, ffn_.type, x, stream_, &sort);
   }
 
   cudaError_t UseTiles(int tile_tokens) {

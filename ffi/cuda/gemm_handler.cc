@@ -47,13 +47,12 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
                                  memory + layout.x, weight.tiled && rounds};
 
   const SortArgs sort = {ints(layout.expert_ids), pairs, experts, ints(layout.pairs), nullptr,
-                         ints(layout.offsets), ints(layout.counts), tiles, ints(layout.num_tiles),
-                         tile_tokens};
+                         ints(layout.offsets), tiles, ints(layout.num_tiles), tile_tokens};
   cudaError_t status;
-  if (pairs <= kPairsInOneLaunch && SortsInOneBlock(pairs, experts)) {
-    status = LaunchPrepareGemm({call.sorted_token_ids, call.flat_expert_ids,
-                                ints(layout.expert_ids), call.y, weight.rows, y_type},
-                               sort, call.x, x_type, prepared, stream);
+  if (pairs <= kPairsInOneLaunch) {
+    status = LaunchPrepareGemm(
+        {call.sorted_token_ids, call.flat_expert_ids, call.y, weight.rows, y_type}, sort, call.x,
+        x_type, prepared, stream);
   } else {
     status = LaunchPairExperts(call.sorted_token_ids, call.flat_expert_ids, pairs,
                                ints(layout.winners), ints(layout.expert_ids), stream);

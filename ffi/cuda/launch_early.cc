@@ -19,17 +19,20 @@ int Multiprocessors() {
 }
 
 cudaError_t LaunchEarly(const void* kernel, dim3 grid, int threads, size_t shared_bytes,
-                        cudaStream_t stream, void** parameters) {
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
+                        cudaStream_t stream, void** parameters, int cluster) {
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim.x = static_cast<unsigned>(cluster);
+  attributes[1].val.clusterDim.y = attributes[1].val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = IsHopper() ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = !IsHopper() ? 0 : cluster == 1 ? 1 : 2;
   return cudaLaunchKernelExC(&config, kernel, parameters);
 }
 

@@ -12,15 +12,23 @@ bool IsHopper();
 // Of the current device, at least 1.
 int Multiprocessors();
 
+// `cluster` consecutive blocks form a cluster: a divisor of the grid, and 1 but on Hopper.
 cudaError_t LaunchEarly(const void* kernel, dim3 grid, int threads, size_t shared_bytes,
-                        cudaStream_t stream, void** parameters);
+                        cudaStream_t stream, void** parameters, int cluster = 1);
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t LaunchClusters(void (*kernel)(Parameters...), int cluster, dim3 grid, int threads,
+                           size_t shared_bytes, cudaStream_t stream,
+                           const Arguments&... arguments) {
+  void* parameters[] = {const_cast<Arguments*>(&arguments)...};
+  return LaunchEarly(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes, stream,
+                     parameters, cluster);
+}
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t LaunchEarly(void (*kernel)(Parameters...), dim3 grid, int threads, size_t shared_bytes,
                         cudaStream_t stream, const Arguments&... arguments) {
-  void* parameters[] = {const_cast<Arguments*>(&arguments)...};
-  return LaunchEarly(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes, stream,
-                     parameters);
+  return LaunchClusters(kernel, 1, grid, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace jax_moe::cuda
