@@ -43,6 +43,18 @@ __device__ __forceinline__ int32_t LoadFromCluster(const int32_t* shared, int ra
   return value;
 }
 
+// Arrives at the barrier of the block of this rank.
+__device__ __forceinline__ void ArriveInBlock(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 address;\n"
+      "mapa.shared::cluster.u32 address, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [address];\n"
+      "}\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))),
+      "r"(rank)
+      : "memory");
+}
+
 #else
 
 __device__ __forceinline__ int ClusterSize() { return 1; }

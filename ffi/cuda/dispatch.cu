@@ -38,8 +38,9 @@ int SortBlocks(const SortArgs& args) {
   return IsHopper() ? SortCluster(args.pairs, args.experts) : 1;
 }
 
-int64_t MaxTiles(int64_t pairs, int64_t experts, int64_t tile_tokens) {
-  return std::min(pairs, experts) + pairs / tile_tokens;
+int64_t MaxTiles(int64_t pairs, int64_t experts, int64_t tile_tokens, bool even_tiles) {
+  const int64_t most = std::min(pairs, experts) + pairs / tile_tokens;
+  return even_tiles ? most + pairs / (2 * tile_tokens) : most;
 }
 
 cudaError_t LaunchSort(const SortArgs& args, cudaStream_t stream) {

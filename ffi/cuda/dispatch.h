@@ -20,6 +20,7 @@ struct SortArgs {
   TokenTile* tiles;     // null: not wanted
   int32_t* num_tiles;
   int32_t tile_tokens;
+  bool even_tiles;  // an expert with more than one tile has an even number of them
 };
 
 // Experts beyond this do not fit the counters in shared memory.
@@ -29,7 +30,7 @@ constexpr int64_t kMaxExperts = 8192;
 int SortBlocks(const SortArgs& args);
 
 // Upper bound of the number of tiles.
-int64_t MaxTiles(int64_t pairs, int64_t experts, int64_t tile_tokens);
+int64_t MaxTiles(int64_t pairs, int64_t experts, int64_t tile_tokens, bool even_tiles);
 
 cudaError_t LaunchSort(const SortArgs& args, cudaStream_t stream);
 

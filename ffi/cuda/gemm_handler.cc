@@ -47,7 +47,8 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
                                  memory + layout.x, weight.tiled && rounds};
 
   const SortArgs sort = {ints(layout.expert_ids), pairs, experts, ints(layout.pairs), nullptr,
-                         ints(layout.offsets), tiles, ints(layout.num_tiles), tile_tokens};
+                         ints(layout.offsets), tiles, ints(layout.num_tiles), tile_tokens,
+                         dense_wide};
   cudaError_t status;
   if (pairs <= kPairsInOneLaunch) {
     status = LaunchPrepareGemm(
@@ -65,7 +66,7 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
   }
   if (status != cudaSuccess) return CudaError(kOp, status);
   const Lists lists = {ints(layout.pairs), tiles, ints(layout.num_tiles),
-                       MaxTiles(pairs, weight.experts, tile_tokens)};
+                       MaxTiles(pairs, weight.experts, tile_tokens, dense_wide)};
   if (weight.tiled) {
     TiledArgs args = TiledProduct(weight, ViewPrepared(prepared), rows_are_pairs ? 1 : top_k, lists);
     args.pair_weight = call.topk_weights;
@@ -74,7 +75,7 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
     args.y_type = y_type;
     status = LaunchTiled(ChooseTiledKernel(weight, tiled_tile), args, stream);
   } else if (dense_wide) {
-    DenseWideArgs args = DenseWideProduct(weight, x_layout, ViewPrepared(prepared),
+    DenseWideArgs args = DenseWideProduct(weight, x_layout, ViewPrepared(prepared), pairs,
                                           rows_are_pairs ? 1 : top_k, lists);
     args.pair_weight = call.topk_weights;
     args.y = call.y;

@@ -143,9 +143,7 @@ class SortBlock {
         number += there[rank];
         if (rank < ClusterRank()) before += there[rank];
       }
-      const int tiles = args_.tiles != nullptr && bucket < args_.experts
-                            ? (number + args_.tile_tokens - 1) / args_.tile_tokens
-                            : 0;
+      const int tiles = bucket < args_.experts ? Tiles(number) : 0;
       const int2 begin = BlockScan({number, tiles}, warp_sums, total);
       if (!has) continue;
       int next = begin.x + before;
@@ -163,13 +161,21 @@ class SortBlock {
     if (args_.tiles != nullptr && ClusterRank() == 0 && threadIdx.x == 0) *args_.num_tiles = total.y;
   }
 
-  // Of nearly equal size, in units of what a tensor core multiplies at a time.
+  // Of an expert.
+  __device__ int Tiles(int pairs) const {
+    if (args_.tiles == nullptr) return 0;
+    const int tiles = (pairs + args_.tile_tokens - 1) / args_.tile_tokens;
+    return args_.even_tiles && tiles > 1 ? tiles + tiles % 2 : tiles;
+  }
+
+  // Of nearly equal size, in units of what a tensor core multiplies at a time. With an even number the
+  // last one may be empty.
   __device__ void WriteTiles(int bucket, int pairs, int tiles, int2 begin) const {
     const int step = min(8, args_.tile_tokens);
     const int size = tiles == 0 ? 0 : ((pairs + tiles - 1) / tiles + step - 1) / step * step;
     for (int i = 0; i < tiles; ++i) {
       const int start = i * size;
-      args_.tiles[begin.y + i] = {bucket, begin.x + start, min(size, pairs - start), 0};
+      args_.tiles[begin.y + i] = {bucket, begin.x + start, max(min(size, pairs - start), 0), 0};
     }
   }
 
