@@ -24,7 +24,7 @@ __device__ __forceinline__ int ClusterRank() {
 __device__ __forceinline__ void ArriveInCluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
-__device__ __forceinline__ void WaitForCluster() {
+__device__ __forceinline__ void WaitInCluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
@@ -60,7 +60,7 @@ __device__ __forceinline__ void ArriveInBlock(uint64_t* barrier, int rank) {
 __device__ __forceinline__ int ClusterSize() { return 1; }
 __device__ __forceinline__ int ClusterRank() { return 0; }
 __device__ __forceinline__ void ArriveInCluster() { __syncthreads(); }
-__device__ __forceinline__ void WaitForCluster() {}
+__device__ __forceinline__ void WaitInCluster() {}
 __device__ __forceinline__ int32_t LoadFromCluster(const int32_t* shared, int) { return *shared; }
 
 #endif

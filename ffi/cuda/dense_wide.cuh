@@ -102,7 +102,7 @@ class DenseWideBlock {
       FenceBarrierInit();
     }
     ArriveInCluster();
-    WaitForCluster();
+    WaitInCluster();
     if (threadIdx.x < 128) {
       GiveRegisters<Shape::kProducerRegisters>();
       Produce();
@@ -113,7 +113,7 @@ class DenseWideBlock {
     // The other block may still write here.
     __syncwarp();
     ArriveInCluster();
-    WaitForCluster();
+    WaitInCluster();
   }
 
  private:
@@ -355,16 +355,22 @@ class DenseWideBlock {
     }
   }
 
-  // From registers that have to be known to the compiler.
-  template <int kFirst = 0>
+  // From registers that have to be known to the compiler: of passes kFirst .. kEnd - 1.
+  template <int kFirst = 0, int kEnd = Shape::kTokens / Shape::kPass>
   __device__ __forceinline__ void TakeSums(int begin, Pass& pass) const {
-    if constexpr (2 * (kFirst + kElements) < Shape::kTokens) {
-      if (begin > 2 * kFirst) return TakeSums<kFirst + kElements>(begin, pass);
-    }
+    if constexpr (kEnd - kFirst > 1) {
+      constexpr int kMiddle = (kFirst + kEnd) / 2;
+      if (begin < kMiddle * Shape::kPass) {
+        TakeSums<kFirst, kMiddle>(begin, pass);
+      } else {
+        TakeSums<kMiddle, kEnd>(begin, pass);
+      }
+    } else {
 #pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-      pass.sum[0][i] = sum_[0][kFirst + i];
-      pass.sum[1][i] = sum_[1][kFirst + i];
+      for (int i = 0; i < kElements; ++i) {
+        pass.sum[0][i] = sum_[0][kFirst * kElements + i];
+        pass.sum[1][i] = sum_[1][kFirst * kElements + i];
+      }
     }
   }
 
@@ -408,7 +414,12 @@ class DenseWideBlock {
         : "memory");
   }
 
-  // Row `begin` of the 64 of a tile, of the matrix.
+  // Where a pair's row of y begins; sizes fit 31 bits (RequireLimits of check.h).
+  __device__ __forceinline__ int64_t RowBegin(int pair) const {
+    return static_cast<int64_t>(pair) * static_cast<int>(args_.y_pitch);
+  }
+
+  // The first of a tile's 64 rows.
   __device__ __forceinline__ int TileRow(const Info& info, int tile) const {
     return FirstRow(info.band, 2 * Group() + tile);
   }
@@ -461,7 +472,7 @@ class DenseWideBlock {
         info, begin, words,
         [&](int tile) { return row(tile) + Lane() % 2 * 8 < args_.rows; },
         [&](int pair, int tile) {
-          return static_cast<Y*>(args_.y) + pair * args_.y_pitch + row(tile);
+          return static_cast<Y*>(args_.y) + RowBegin(pair) + row(tile);
         });
   }
 
@@ -472,7 +483,7 @@ class DenseWideBlock {
     const int token = begin + Token(i);
     row += Row(i);
     if (token >= info.count || row >= args_.rows) return;
-    static_cast<Y*>(args_.y)[info.pair[token] * args_.y_pitch + row] = static_cast<Y>(value);
+    static_cast<Y*>(args_.y)[RowBegin(info.pair[token]) + row] = static_cast<Y>(value);
   }
 
   // f16 times a power of two that brings the largest magnitude of 64 columns to 2^14 .. 2^15.
@@ -596,8 +607,8 @@ class DenseWideBlock {
     StoreTransposed(
         info, begin, words, [](int) { return true; },
         [&](int pair, int part) {
-          return static_cast<__nv_bfloat16*>(args_.y) + (int64_t{2} * pair + part) * args_.y_pitch +
-                 begin_row + 16 * Warp();
+          return static_cast<__nv_bfloat16*>(args_.y) + 2 * RowBegin(pair) +
+                 part * args_.y_pitch + begin_row + 16 * Warp();
         });
   }
 

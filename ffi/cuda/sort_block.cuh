@@ -88,13 +88,13 @@ class SortBlock {
       all_[bucket] = sum;
     }
     ArriveInCluster();
-    WaitForCluster();
+    WaitInCluster();
     PlaceBuckets();
     // The others read this block's shared memory until they are here too.
     ArriveInCluster();
     __syncthreads();
     Scatter();
-    WaitForCluster();
+    WaitInCluster();
   }
 
  private:
