@@ -1,5 +1,5 @@
-// Clusters: blocks that run at the same time and read each other's shared memory (Hopper). Elsewhere
-// a block is a cluster of its own.
+// Clusters: blocks that run at the same time and read each other's shared memory (Hopper).
+// Elsewhere a block is a cluster of its own.
 #pragma once
 
 #include <cstdint>

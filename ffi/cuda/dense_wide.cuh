@@ -7,6 +7,14 @@
 // columns as the tile has tokens, rounded up to 8. While they store an item's results, the next
 // item's operands arrive.
 //
+// Where experts have several tiles, two blocks form a cluster and have the same weight rows of two
+// tiles: each copies half of the weights to both. A place of the ring is free once the consumers of
+// both blocks have left it, so that the two go through their items at one pace.
+//
+// Results go from registers to y a warp at a time, 16 rows of 16 tokens in a pass: a lane's sums of
+// a row are of several tokens, and a transposition through 1 KB of shared memory, in which only the
+// warp takes part, makes whole sectors of a token's row of them.
+//
 // float32 activations of bf16 weights are two bf16 parts, whose products have the same weights: one
 // bf16 is too coarse for h, whose rounding would add to that of y, and f16 has not the range of
 // bf16 weights.
@@ -118,7 +126,7 @@ class DenseWideBlock {
 
  private:
   using Position = RingPosition<Shape::kStages>;
-  // A tile of tokens and the weight rows of a band, which may be those of all blocks of the cluster.
+  // A tile of tokens and the weight rows of a band, which the blocks of a cluster may share.
   struct Item {
     TokenTile tile;
     int band;
@@ -126,8 +134,8 @@ class DenseWideBlock {
   };
 
   // Items that run at the same time share tokens and weights: a few tiles, which often are of one
-  // expert, go through the bands together. The blocks of a cluster have a band of neighbouring tiles;
-  // past the last one there is an empty tile.
+  // expert, go through the bands together. The blocks of a cluster have a band of neighbouring
+  // tiles; past the last one there is an empty tile.
   __device__ __forceinline__ Item FindItem(int64_t index) const {
     const int64_t group = Shape::kGroupTiles / cluster_;
     const int64_t first = index / (group * params_.bands) * group;
@@ -321,8 +329,8 @@ class DenseWideBlock {
     }
   }
 
-  // What a lane holds of a pass's tokens: of each of its two tiles, element i is of row Row(i) of the
-  // tile and of token Token(i).
+  // What a lane holds of a pass's tokens: of each of its two tiles, element i is of row Row(i) of
+  // the tile and of token Token(i).
   static constexpr int kElements = Shape::kPass / 2;
   struct Pass {
     float sum[2][kElements];
@@ -338,7 +346,8 @@ class DenseWideBlock {
     return i / 4 * 8 + Lane() % 4 * 2 + i % 2;
   }
 
-  // Calls f(first token, pass) for all passes.
+  // Calls f(first token, pass) for all passes, in a loop: unrolled for every activation and number
+  // of tokens it would be too much code.
   template <typename F>
   __device__ __forceinline__ void ForPasses(const Info& info, F f) const {
 #pragma unroll 1
@@ -375,9 +384,9 @@ class DenseWideBlock {
   }
 
   // Words [2 p] and [2 p + 1] are of the two halves of 16 rows in plane p, for 8 tokens each: two
-  // tokens of a row a word. A warp transposes them, so that a lane stores 16 bytes of a token and two
-  // lanes a sector; to(pair, plane) is where the token's 16 rows begin, stores(plane) tells whether
-  // the lane's half is wanted.
+  // tokens of a row a word. A warp transposes them, so that a lane stores 16 bytes of a token and
+  // two lanes a sector; to(pair, plane) is where the token's 16 rows begin, stores(plane) tells
+  // whether the lane's half is wanted.
   using Words = uint32_t[kElements / 4][4];
   template <typename Stores, typename To>
   __device__ __forceinline__ void StoreTransposed(const Info& info, int begin, const Words& words,
@@ -533,8 +542,8 @@ class DenseWideBlock {
     }
   }
 
-  // The largest magnitudes over the warp's 16 rows, the high halves of two tokens' float32 together.
-  // Finite or infinite: they leave NaN out. Several at a time, as the exchanges take long.
+  // The largest magnitudes over the warp's 16 rows, the high halves of two tokens' float32
+  // together. Finite or infinite: they leave NaN out. Several at a time, as exchanges take long.
   template <int kTile>
   __device__ __forceinline__ void FindMaxima(const Info& info) const {
     constexpr int kEights = Shape::kTokens / 8, kBatch = 6;
@@ -570,8 +579,8 @@ class DenseWideBlock {
     }
   }
 
-  // Of a pair of gate and up, or of tile kTile of up alone. Columns of h past the end are zeros: the
-  // next product reads whole chunks.
+  // Of a pair of gate and up, or of tile kTile of up alone. Columns of h past the end are zeros:
+  // the next product reads whole chunks.
   template <Activation kActivation, int kTile>
   __device__ __forceinline__ void StoreActivated(const Info& info) const {
     const int begin_row = TileRow(info, kTile);

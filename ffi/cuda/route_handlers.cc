@@ -68,7 +68,7 @@ ffi::Error Sort(cudaStream_t stream, S32Matrix expert_ids, ffi::Result<S32Matrix
         LaunchSort({expert_ids.typed_data() + b * pairs, pairs, static_cast<int32_t>(offsets - 1),
                     sorted_token_ids->typed_data() + b * pairs,
                     flat_expert_ids->typed_data() + b * pairs,
-                    expert_offsets->typed_data() + b * offsets, nullptr, nullptr, 1},
+                    expert_offsets->typed_data() + b * offsets, nullptr, nullptr, 1, false},
                    stream);
     if (status != cudaSuccess) return CudaError(op, status);
   }

@@ -1,5 +1,5 @@
-// The counting sort of dispatch.h, by the blocks of a cluster, each of which counts and places a part
-// of the pairs. Bucket `experts` holds the invalid ids.
+// The counting sort of dispatch.h, by the blocks of a cluster, each of which counts and places a
+// part of the pairs. Bucket `experts` holds the invalid ids.
 #pragma once
 
 #include "ffi/cuda/cluster.cuh"
@@ -10,7 +10,7 @@ namespace jax_moe::cuda {
 constexpr int kSortThreads = 256;
 constexpr int kSortWarps = kSortThreads / 32;
 static_assert(kSortWarps <= 32);  // a warp scans the sums of all warps
-constexpr int kSortCluster = 8;
+constexpr int kSortCluster = 8;  // blocks, as many as every device with clusters allows
 
 // Warps of a block that sort, each with counters of its own, so that a block needs at most 40 KB.
 __host__ __device__ inline int SortingWarps(int32_t experts) {
@@ -18,8 +18,8 @@ __host__ __device__ inline int SortingWarps(int32_t experts) {
   return fit < 1 ? 1 : fit > kSortWarps ? kSortWarps : fit;
 }
 
-// Blocks that sort together on devices with clusters, eight at most. A single warp has no room for
-// counters that the other blocks can read.
+// Blocks that sort together on devices with clusters. A single warp has no room for counters that
+// the other blocks can read.
 __host__ __device__ inline int SortCluster(int64_t pairs, int32_t experts) {
   return pairs > 1024 && SortingWarps(experts) > 1 ? kSortCluster : 1;
 }
@@ -29,8 +29,8 @@ inline size_t SortSharedBytes(const SortArgs& args) {
   return sizeof(int32_t) * (warps == 1 ? 1 : 1 + warps) * (args.experts + 1);
 }
 
-// Of a block. Of the values a thread gives, returns the sum over all threads before it, and adds that
-// over all threads to `total`, which it starts from.
+// Of the values that a block's threads give, returns `total` and the sum over all threads before
+// this one, and adds the sum over all threads to `total`.
 __device__ inline int2 BlockScan(int2 value, int2* warp_sums, int2& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int2 sum = value;
@@ -125,7 +125,7 @@ class SortBlock {
     }
   }
 
-  // From the number of pairs in every bucket to where each begins, for every warp, and to the tiles.
+  // From the number of pairs in every bucket to where each warp's begin, and to the tiles.
   __device__ void PlaceBuckets() {
     __shared__ int2 warp_sums[kSortWarps];
     int2 total = {0, 0};
@@ -158,7 +158,8 @@ class SortBlock {
         WriteTiles(bucket, number, tiles, begin);
       }
     }
-    if (args_.tiles != nullptr && ClusterRank() == 0 && threadIdx.x == 0) *args_.num_tiles = total.y;
+    const bool tells = args_.tiles != nullptr && ClusterRank() == 0 && threadIdx.x == 0;
+    if (tells) *args_.num_tiles = total.y;
   }
 
   // Of an expert.
@@ -168,8 +169,8 @@ class SortBlock {
     return args_.even_tiles && tiles > 1 ? tiles + tiles % 2 : tiles;
   }
 
-  // Of nearly equal size, in units of what a tensor core multiplies at a time. With an even number the
-  // last one may be empty.
+  // Of nearly equal size, in units of what a tensor core multiplies at a time. With an even number
+  // the last one may be empty.
   __device__ void WriteTiles(int bucket, int pairs, int tiles, int2 begin) const {
     const int step = min(8, args_.tile_tokens);
     const int size = tiles == 0 ? 0 : ((pairs + tiles - 1) / tiles + step - 1) / step * step;
