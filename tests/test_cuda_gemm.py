@@ -255,7 +255,7 @@ def test_range_of_activations(exponent):
 
 
 def test_more_pairs_than_a_grid_dimension():
-    """T * k above 65,535, and the sort's several segments."""
+    """T * k above 65,535, which the blocks of a cluster sort."""
     tokens, top_k, experts = 35_000, 2, 9
     weight, exact = oracle.packed("Q8_0", experts, 16, 64)
     rng = np.random.default_rng(8)

@@ -68,7 +68,7 @@ bool UsesDenseWide(const Weight& weight, int64_t pairs) {
 }
 
 DenseWideArgs DenseWideProduct(const Weight& weight, Layout layout, const Activations& x,
-                               int32_t pairs_a_row, const Lists& lists) {
+                               int64_t pairs, int32_t pairs_a_row, const Lists& lists) {
   DenseWideArgs args = {};
   args.type = static_cast<Element>(weight.format);
   args.weight[0] = weight.data;
@@ -78,6 +78,7 @@ DenseWideArgs DenseWideProduct(const Weight& weight, Layout layout, const Activa
   args.k = weight.columns;
   args.x_layout = layout;
   args.x = x;
+  args.pairs = pairs;
   args.pairs_a_row = pairs_a_row;
   args.lists = lists;
   return args;

@@ -49,7 +49,7 @@ TiledArgs TiledProduct(const Weight& weight, const Activations& x, int32_t pairs
 
 // The arguments of a product with a dense weight for LaunchDenseWide, but for the result's.
 DenseWideArgs DenseWideProduct(const Weight& weight, Layout layout, const Activations& x,
-                               int32_t pairs_a_row, const Lists& lists);
+                               int64_t pairs, int32_t pairs_a_row, const Lists& lists);
 
 // The kernel for a product, given the device's shared memory.
 GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile);

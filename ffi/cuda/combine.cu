@@ -1,5 +1,7 @@
 #include "ffi/cuda/combine.h"
 
+#include "ffi/cuda/hopper.cuh"
+#include "ffi/cuda/launch_early.h"
 #include "ffi/cuda/store.cuh"
 
 namespace jax_moe::cuda {
@@ -13,8 +15,8 @@ struct Values {
   static constexpr int kWords = kColumns == 8 ? 4 : kColumns;
   uint32_t words[kWords];
 
-  __device__ __forceinline__ void Load(const CombineArgs& args, int64_t pair, int64_t column) {
-    const int64_t at = pair * args.columns + column;
+  // From element `at` on.
+  __device__ __forceinline__ void Load(const CombineArgs& args, int64_t at) {
     if constexpr (kColumns == 8) {
       const uint4 bits = *reinterpret_cast<const uint4*>(args.scaled_values + at);
       words[0] = bits.x, words[1] = bits.y, words[2] = bits.z, words[3] = bits.w;
@@ -37,15 +39,17 @@ struct Values {
   }
 };
 
+// A grid of tokens by parts of their columns; `scales` a row.
 template <int kColumns>
 __global__ void __launch_bounds__(kThreads)
-    Combine(const __grid_constant__ CombineArgs args, int64_t blocks_a_token) {
-  const int64_t token = blockIdx.x / blocks_a_token;
-  const int64_t column = (blockIdx.x % blocks_a_token * kThreads + threadIdx.x) * kColumns;
+    Combine(const __grid_constant__ CombineArgs args, int scales) {
+  LetNextKernelStart();
+  WaitForEarlierKernels();
+  const int64_t token = blockIdx.x;
+  const int column = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * kColumns;
   if (column >= args.columns) return;
   const Projection& p = args.projection;
-  const int width = args.scale_columns == 0 ? static_cast<int>(args.columns) : args.scale_columns;
-  const int64_t scales = (args.columns + width - 1) / width, group = column / width;
+  const int group = args.scale_columns == 0 ? 0 : column / args.scale_columns;
   // Slots are read several at a time and added one after another.
   constexpr int kBatch = 8;
   float sum[kColumns] = {};
@@ -53,14 +57,14 @@ __global__ void __launch_bounds__(kThreads)
     int expert[kBatch];
     Values<kColumns> value[kBatch];
     float scale[kBatch], weight[kBatch];
+    int64_t pair = token * args.top_k + first, at = pair * args.columns + column;
     // Values of pairs without an expert are nothing, but are read without waiting for the id.
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
+    for (int i = 0; i < kBatch; ++i, ++pair, at += args.columns) {
       expert[i] = -1;
       if (first + i >= args.top_k) continue;
-      const int64_t pair = token * args.top_k + first + i;
       expert[i] = args.expert_ids[pair];
-      value[i].Load(args, pair, column);
+      value[i].Load(args, at);
       scale[i] = args.scaled_values == nullptr ? 1.0f : args.scales[pair * scales + group];
       weight[i] = args.weights == nullptr ? 1.0f : args.weights[pair];
     }
@@ -98,16 +102,12 @@ cudaError_t LaunchCombine(const CombineArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) return cudaSuccess;
   const int columns =
       args.scaled_values != nullptr && args.columns % 8 == 0 ? 8 : args.columns % 4 == 0 ? 4 : 1;
-  const int64_t blocks_a_token = (args.columns + kThreads * columns - 1) / (kThreads * columns);
-  const unsigned blocks = static_cast<unsigned>(args.tokens * blocks_a_token);
-  if (columns == 8) {
-    Combine<8><<<blocks, kThreads, 0, stream>>>(args, blocks_a_token);
-  } else if (columns == 4) {
-    Combine<4><<<blocks, kThreads, 0, stream>>>(args, blocks_a_token);
-  } else {
-    Combine<1><<<blocks, kThreads, 0, stream>>>(args, blocks_a_token);
-  }
-  return cudaGetLastError();
+  const int64_t parts = (args.columns + kThreads * columns - 1) / (kThreads * columns);
+  const dim3 grid(static_cast<unsigned>(args.tokens), static_cast<unsigned>(parts));
+  const int width = args.scale_columns;
+  const int scales = width == 0 ? 1 : static_cast<int>((args.columns + width - 1) / width);
+  const auto kernel = columns == 8 ? Combine<8> : columns == 4 ? Combine<4> : Combine<1>;
+  return LaunchEarly(kernel, grid, kThreads, 0, stream, args, scales);
 }
 
 cudaError_t LaunchZeroRows(const int32_t* expert_ids, int64_t pairs, int32_t experts, void* y,

@@ -68,11 +68,10 @@ Kernel FindKernel(Layout layout) {
                                    : Describe<__nv_bfloat16, 2>();
 }
 
-// Whether two neighbours from an even row on can be stored at once.
-bool StoresTwo(const DenseWideArgs& args) {
-  const int bytes = args.y_type == Element::kF32 ? 8 : 4;
-  return args.rows % 2 == 0 && args.y_pitch % 2 == 0 &&
-         reinterpret_cast<uintptr_t>(args.y) % bytes == 0;
+// Whether eight 16-bit results from a row that is a multiple of 8 on can be stored at once.
+bool StoresEight(const DenseWideArgs& args) {
+  return args.y_type != Element::kF32 && args.rows % 8 == 0 && args.y_pitch % 8 == 0 &&
+         reinterpret_cast<uintptr_t>(args.y) % 16 == 0;
 }
 
 }  // namespace
@@ -93,7 +92,7 @@ cudaError_t LaunchDenseWide(const DenseWideArgs& args, cudaStream_t stream) {
   DenseWideParams params = {};
   params.args = args;
   params.paired = args.activate && args.weight[0] != nullptr;
-  params.stores_two = StoresTwo(args);
+  params.stores_eight = StoresEight(args);
   const int64_t band_rows = params.paired ? kDenseWideRows / 2 : kDenseWideRows;
   const int64_t rows = args.activate && args.h_pair ? args.y_pitch : args.rows;
   params.bands = static_cast<int32_t>((rows + band_rows - 1) / band_rows);
@@ -105,11 +104,14 @@ cudaError_t LaunchDenseWide(const DenseWideArgs& args, cudaStream_t stream) {
     return cudaErrorInvalidValue;
   }
   const Kernel kernel = FindKernel(args.x_layout);
-  const unsigned blocks =
-      static_cast<unsigned>(std::min<int64_t>(items, Multiprocessors()));
+  // Where most experts have two tiles or more, two blocks share the weights that they read.
+  const int cluster = args.pairs > kDenseWideTokens * args.experts ? 2 : 1;
+  const int64_t clusters =
+      std::min((items + cluster - 1) / cluster, int64_t{Multiprocessors()} / cluster);
   void* parameters[] = {&params};
-  return LaunchEarly(kernel.function, dim3(blocks), DenseWideShape<1>::kThreads,
-                     static_cast<size_t>(kernel.shared_bytes), stream, parameters);
+  return LaunchEarly(kernel.function, dim3(static_cast<unsigned>(clusters * cluster)),
+                     DenseWideShape<1>::kThreads, static_cast<size_t>(kernel.shared_bytes), stream,
+                     parameters, cluster);
 }
 
 }  // namespace jax_moe::cuda

@@ -26,13 +26,14 @@ struct DenseWideArgs {
   Layout x_layout;           // kF16 for f16 weights, kBF16 or kBF16Pair for bf16
   Activations x;
   int32_t pairs_a_row;
-  Lists lists;               // tiles of kDenseWideTokens
+  int64_t pairs;
+  Lists lists;               // tiles of kDenseWideTokens, an even number where an expert has several
   const float* pair_weight;  // null: 1; activate: multiplies gate and up, before scale and bias
   void* y;                   // [pairs, y_pitch]; activate: float32, or h_pair
   int64_t y_pitch;
   Element y_type;
-  // Not with `activate`: y is f16 with even rows and pitch, and these, [pairs, (rows + 63) / 64],
-  // undo the scaling of every 64 columns. Null: y is not scaled.
+  // Not with `activate`: y is f16, aligned to 16 bytes, with rows and a pitch that are multiples of 8,
+  // and these, [pairs, (rows + 63) / 64], undo the scaling of every 64 columns. Null: y is not scaled.
   float* y_scales;
   // With `activate` only.
   bool activate;

@@ -9,32 +9,28 @@
 
 namespace jax_moe::cuda {
 
-// A stable counting sort of `pairs` ids into experts 0 .. experts - 1 and, last, all others. Ids
-// are split into segments; with one segment a single block does everything.
+// A stable counting sort of `pairs` ids into experts 0 .. experts - 1 and, last, all others.
 struct SortArgs {
   const int32_t* expert_ids;  // [pairs]
-  int64_t pairs;
+  int64_t pairs;  // at most 2^30
   int32_t experts;
-  int32_t* sorted;          // [pairs]: pair ids in order
-  int32_t* sorted_ids;      // [pairs]: their expert ids; null: not wanted
-  int32_t* offsets;         // [experts + 1]: where every expert begins; the number of valid pairs
-  int32_t* segment_counts;  // [SortCounts(pairs, experts)]; may be sorted_ids
-  TokenTile* tiles;         // null: not wanted
+  int32_t* sorted;      // [pairs]: pair ids in order
+  int32_t* sorted_ids;  // [pairs]: their expert ids; null: not wanted
+  int32_t* offsets;     // [experts + 1]: where every expert begins; the number of valid pairs
+  TokenTile* tiles;     // null: not wanted
   int32_t* num_tiles;
   int32_t tile_tokens;
+  bool even_tiles;  // an expert with more than one tile has an even number of them
 };
 
 // Experts beyond this do not fit the counters in shared memory.
 constexpr int64_t kMaxExperts = 8192;
 
-// Elements of segment_counts; at most `pairs` where there is more than one segment.
-int64_t SortCounts(int64_t pairs, int64_t experts);
+// Blocks that do the sort on the current device: a cluster of them.
+int SortBlocks(const SortArgs& args);
 
 // Upper bound of the number of tiles.
-int64_t MaxTiles(int64_t pairs, int64_t experts, int64_t tile_tokens);
-
-// Whether a single block does the sort.
-bool SortsInOneBlock(int64_t pairs, int64_t experts);
+int64_t MaxTiles(int64_t pairs, int64_t experts, int64_t tile_tokens, bool even_tiles);
 
 cudaError_t LaunchSort(const SortArgs& args, cudaStream_t stream);
 

@@ -5,11 +5,14 @@
 namespace jax_moe::cuda {
 namespace {
 
+// Whether tiles of so many tokens are those of dense_wide.h.
+bool EvenTiles(int tile_tokens) { return tile_tokens == kDenseWideTokens; }
+
 // Sorts the pairs and cuts them into tiles of `tile_tokens`.
 SortArgs ListsOf(const Ffn& ffn, int tile_tokens) {
   return {ffn.expert_ids, ffn.pairs, ffn.experts, ffn.Ints(ffn.layout.pairs), nullptr,
-          ffn.Ints(ffn.layout.offsets), ffn.Ints(ffn.layout.counts), ffn.Tiles(),
-          ffn.Ints(ffn.layout.num_tiles), tile_tokens};
+          ffn.Ints(ffn.layout.offsets), ffn.Tiles(), ffn.Ints(ffn.layout.num_tiles), tile_tokens,
+          EvenTiles(tile_tokens)};
 }
 
 // How activations of this type are prepared for a weight, in `memory`.
@@ -145,7 +148,7 @@ class Products {
     cudaError_t status = SortAndPrepare(kDenseWideTokens, x);
     if (status != cudaSuccess) return status;
     DenseWideArgs args =
-        DenseWideProduct(up, x.layout, ViewPrepared(x), ffn_.top_k, CurrentLists());
+        DenseWideProduct(up, x.layout, ViewPrepared(x), ffn_.pairs, ffn_.top_k, CurrentLists());
     args.weight[0] = gate == nullptr ? nullptr : gate->data;
     args.weight[1] = up.data;
     if (ffn_.merged) {
@@ -172,15 +175,11 @@ class Products {
   }
 
  private:
-  // The first lists, and x: in one launch where a block can sort.
+  // The first lists, and x.
   cudaError_t SortAndPrepare(int tile_tokens, const PreparedRows& x) {
-    if (SortsInOneBlock(ffn_.pairs, ffn_.experts)) {
-      tile_tokens_ = tile_tokens;
-      const SortArgs sort = ListsOf(ffn_, tile_tokens);
-      return LaunchPrepare(ffn_.x, ffn_.type, x, stream_, &sort);
-    }
-    const cudaError_t status = UseTiles(tile_tokens);
-    return status == cudaSuccess ? LaunchPrepare(ffn_.x, ffn_.type, x, stream_) : status;
+    tile_tokens_ = tile_tokens;
+    const SortArgs sort = ListsOf(ffn_, tile_tokens);
+    return LaunchPrepare(ffn_.x, ffn_.type, x, stream_, &sort);
   }
 
   cudaError_t UseTiles(int tile_tokens) {
@@ -191,7 +190,7 @@ class Products {
 
   Lists CurrentLists() const {
     return {ffn_.Ints(ffn_.layout.pairs), ffn_.Tiles(), ffn_.Ints(ffn_.layout.num_tiles),
-            MaxTiles(ffn_.pairs, ffn_.experts, tile_tokens_)};
+            MaxTiles(ffn_.pairs, ffn_.experts, tile_tokens_, EvenTiles(tile_tokens_))};
   }
 
   // y: float32, or float16 that y_scales undo the scaling of.
@@ -213,8 +212,8 @@ class Products {
                        int64_t y_pitch, float* y_scales = nullptr) {
     const cudaError_t status = UseTiles(kDenseWideTokens);
     if (status != cudaSuccess) return status;
-    DenseWideArgs args =
-        DenseWideProduct(weight, x.layout, ViewPrepared(x), pairs_a_row, CurrentLists());
+    DenseWideArgs args = DenseWideProduct(weight, x.layout, ViewPrepared(x), ffn_.pairs,
+                                          pairs_a_row, CurrentLists());
     args.y = y;
     args.y_pitch = y_pitch;
     args.y_type = y_scales == nullptr ? Element::kF32 : Element::kF16;

@@ -47,13 +47,13 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
                                  memory + layout.x, weight.tiled && rounds};
 
   const SortArgs sort = {ints(layout.expert_ids), pairs, experts, ints(layout.pairs), nullptr,
-                         ints(layout.offsets), ints(layout.counts), tiles, ints(layout.num_tiles),
-                         tile_tokens};
+                         ints(layout.offsets), tiles, ints(layout.num_tiles), tile_tokens,
+                         dense_wide};
   cudaError_t status;
-  if (pairs <= kPairsInOneLaunch && SortsInOneBlock(pairs, experts)) {
-    status = LaunchPrepareGemm({call.sorted_token_ids, call.flat_expert_ids,
-                                ints(layout.expert_ids), call.y, weight.rows, y_type},
-                               sort, call.x, x_type, prepared, stream);
+  if (pairs <= kPairsInOneLaunch) {
+    status = LaunchPrepareGemm(
+        {call.sorted_token_ids, call.flat_expert_ids, call.y, weight.rows, y_type}, sort, call.x,
+        x_type, prepared, stream);
   } else {
     status = LaunchPairExperts(call.sorted_token_ids, call.flat_expert_ids, pairs,
                                ints(layout.winners), ints(layout.expert_ids), stream);
@@ -66,7 +66,7 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
   }
   if (status != cudaSuccess) return CudaError(kOp, status);
   const Lists lists = {ints(layout.pairs), tiles, ints(layout.num_tiles),
-                       MaxTiles(pairs, weight.experts, tile_tokens)};
+                       MaxTiles(pairs, weight.experts, tile_tokens, dense_wide)};
   if (weight.tiled) {
     TiledArgs args = TiledProduct(weight, ViewPrepared(prepared), rows_are_pairs ? 1 : top_k, lists);
     args.pair_weight = call.topk_weights;
@@ -75,7 +75,7 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
     args.y_type = y_type;
     status = LaunchTiled(ChooseTiledKernel(weight, tiled_tile), args, stream);
   } else if (dense_wide) {
-    DenseWideArgs args = DenseWideProduct(weight, x_layout, ViewPrepared(prepared),
+    DenseWideArgs args = DenseWideProduct(weight, x_layout, ViewPrepared(prepared), pairs,
                                           rows_are_pairs ? 1 : top_k, lists);
     args.pair_weight = call.topk_weights;
     args.y = call.y;

@@ -161,23 +161,27 @@ __global__ void __launch_bounds__(kThreads)
   PrepareRow<kThreads>(rows, to, layout, columns, rounds, blockIdx.x);
 }
 
-// One block a row, after one that sorts.
+// One block a row, after the cluster that sorts; clusters are as large throughout, the last one's
+// blocks may be too many.
 template <int kThreads, typename Rows>
-__global__ void __launch_bounds__(kThreads)
-    SortAndPrepare(const __grid_constant__ SortArgs sort, const __grid_constant__ Rows rows,
-                   Activations to, Layout layout, int64_t columns, bool rounds) {
+__global__ void __launch_bounds__(kThreads, kThreads == 256 ? 5 : 1)
+    SortAndPrepare(const __grid_constant__ SortArgs sort, int sort_blocks,
+                   const __grid_constant__ Rows rows, Activations to, Layout layout,
+                   int64_t number, int64_t columns, bool rounds) {
   extern __shared__ int32_t counts[];
   WaitForEarlierKernels();
   LetNextKernelStart();
-  if (blockIdx.x == 0) {
-    if (threadIdx.x < kSortThreads) SortInBlock(sort, counts);
-    return;
+  const int block = static_cast<int>(blockIdx.x);
+  if (block < sort_blocks) {
+    if (threadIdx.x < kSortThreads) SortBlock(sort, sort.expert_ids, counts).Run();
+  } else if (block - sort_blocks < number) {
+    PrepareRow<kThreads>(rows, to, layout, columns, rounds, block - sort_blocks);
   }
-  PrepareRow<kThreads>(rows, to, layout, columns, rounds, blockIdx.x - 1);
 }
 
-// The last entry that names each pair decides, as in LaunchPairExperts. By the block that sorts.
-__device__ __forceinline__ void FindPairExperts(const PairArgs& args, int pairs) {
+// ids [pairs]: the last entry that names each pair decides, as in LaunchPairExperts. By the block that
+// sorts.
+__device__ __forceinline__ void FindPairExperts(const PairArgs& args, int pairs, int32_t* ids) {
   __shared__ int32_t winners[kPairsInOneLaunch];
   for (int i = threadIdx.x; i < pairs; i += kSortThreads) winners[i] = -1;
   __syncthreads();
@@ -187,7 +191,7 @@ __device__ __forceinline__ void FindPairExperts(const PairArgs& args, int pairs)
   }
   __syncthreads();
   for (int i = threadIdx.x; i < pairs; i += kSortThreads) {
-    args.expert_ids[i] = winners[i] < 0 ? -1 : args.flat_expert_ids[winners[i]];
+    ids[i] = winners[i] < 0 ? -1 : args.flat_expert_ids[winners[i]];
   }
   __syncthreads();
 }
@@ -220,9 +224,10 @@ __global__ void __launch_bounds__(kThreads)
   LetNextKernelStart();
   const int number = static_cast<int>(sort.pairs);
   if (blockIdx.x == 0) {
+    __shared__ int32_t ids[kPairsInOneLaunch];
     if (threadIdx.x >= kSortThreads) return;
-    FindPairExperts(pairs, number);
-    SortInBlock(sort, counts);
+    FindPairExperts(pairs, number, ids);
+    SortBlock(sort, ids, counts).Run();
   } else if (blockIdx.x <= number) {
     ZeroRowWithoutExpert(pairs, number, sort.experts, static_cast<int>(blockIdx.x) - 1);
   } else {
@@ -231,15 +236,19 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int kThreads, typename Rows>
-cudaError_t LaunchThreads(const Rows& rows, const PreparedRows& to, cudaStream_t stream,
-                          const SortArgs* sort) {
-  const unsigned blocks = static_cast<unsigned>(to.rows);
-  if (sort == nullptr) {
-    return LaunchEarly(Prepare<kThreads, Rows>, blocks, kThreads, 0, stream, rows, ViewPrepared(to),
-                       to.layout, to.columns, to.rounds);
-  }
-  return LaunchEarly(SortAndPrepare<kThreads, Rows>, blocks + 1, kThreads, SortSharedBytes(*sort),
-                     stream, *sort, rows, ViewPrepared(to), to.layout, to.columns, to.rounds);
+cudaError_t LaunchRows(const Rows& rows, const PreparedRows& to, cudaStream_t stream) {
+  return LaunchEarly(Prepare<kThreads, Rows>, static_cast<unsigned>(to.rows), kThreads, 0, stream,
+                     rows, ViewPrepared(to), to.layout, to.columns, to.rounds);
+}
+
+template <int kThreads, typename Rows>
+cudaError_t LaunchSortAndRows(const SortArgs& sort, const Rows& rows, const PreparedRows& to,
+                              cudaStream_t stream) {
+  const int cluster = SortBlocks(sort);
+  const int64_t blocks = cluster + (to.rows + cluster - 1) / cluster * cluster;
+  return LaunchClusters(SortAndPrepare<kThreads, Rows>, cluster, static_cast<unsigned>(blocks),
+                        kThreads, SortSharedBytes(sort), stream, sort, cluster, rows,
+                        ViewPrepared(to), to.layout, to.rows, to.columns, to.rounds);
 }
 
 // f(rows, the number of threads) for an array of rows.
@@ -248,7 +257,8 @@ cudaError_t WithDenseRows(const void* x, Element x_type, const PreparedRows& to,
   if (to.rows == 0) return cudaSuccess;
   const int64_t groups = PreparedPitch(to.layout, to.columns) / 8;
   const auto run = [&](auto rows) {
-    if (groups <= 256) return f(rows, std::integral_constant<int, 256>());
+    // Many rows are a matter of how many are under way.
+    if (groups <= 256 || to.rows >= 512) return f(rows, std::integral_constant<int, 256>());
     if (groups <= 512) return f(rows, std::integral_constant<int, 512>());
     return f(rows, std::integral_constant<int, 1024>());
   };
@@ -268,7 +278,9 @@ cudaError_t WithDenseRows(const void* x, Element x_type, const PreparedRows& to,
 cudaError_t LaunchPrepare(const void* x, Element x_type, const PreparedRows& to,
                           cudaStream_t stream, const SortArgs* sort) {
   return WithDenseRows(x, x_type, to, [&](auto rows, auto threads) {
-    return LaunchThreads<decltype(threads)::value>(rows, to, stream, sort);
+    constexpr int kThreads = decltype(threads)::value;
+    return sort == nullptr ? LaunchRows<kThreads>(rows, to, stream)
+                           : LaunchSortAndRows<kThreads>(*sort, rows, to, stream);
   });
 }
 
@@ -287,7 +299,7 @@ cudaError_t LaunchActivate(const ActivateArgs& args, const PreparedRows& to, cud
   switch (args.activation) {
 #define JAX_MOE_ACTIVATION(NAME) \
   case Activation::NAME:         \
-    return LaunchThreads<256>(Activated<Activation::NAME>{args}, to, stream, nullptr);
+    return LaunchRows<256>(Activated<Activation::NAME>{args}, to, stream);
     JAX_MOE_ACTIVATIONS(JAX_MOE_ACTIVATION)
 #undef JAX_MOE_ACTIVATION
   }

@@ -51,7 +51,7 @@ inline Activations ViewPrepared(const PreparedRows& to) {
   return {to.memory, scales, sums, pitch, scales + to.rows};
 }
 
-// Prepares x [rows, columns]. In the same launch, does a sort that takes one segment (dispatch.h).
+// Prepares x [rows, columns]. Sorts in the same launch (dispatch.h).
 cudaError_t LaunchPrepare(const void* x, Element x_type, const PreparedRows& to,
                           cudaStream_t stream, const SortArgs* sort = nullptr);
 
@@ -59,7 +59,6 @@ cudaError_t LaunchPrepare(const void* x, Element x_type, const PreparedRows& to,
 struct PairArgs {
   const int32_t* sorted_token_ids;  // [pairs]
   const int32_t* flat_expert_ids;   // [pairs]
-  int32_t* expert_ids;              // [pairs]: what the sort reads
   void* y;                          // [pairs, columns]
   int64_t columns;
   Element y_type;
@@ -68,8 +67,8 @@ struct PairArgs {
 // So many pairs have what comes before their product in one launch.
 inline constexpr int64_t kPairsInOneLaunch = 256;
 
-// Finds the pairs' experts, sorts them, writes zeros to rows of y without an expert, and prepares x, in one
-// launch, for up to kPairsInOneLaunch pairs.
+// Finds the pairs' experts, sorts them (sort.expert_ids is not read), writes zeros to rows of y without an
+// expert, and prepares x, in one launch, for up to kPairsInOneLaunch pairs.
 cudaError_t LaunchPrepareGemm(const PairArgs& pairs, const SortArgs& sort, const void* x, Element x_type,
                               const PreparedRows& to, cudaStream_t stream);
 

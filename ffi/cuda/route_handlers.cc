@@ -64,12 +64,11 @@ ffi::Error Sort(cudaStream_t stream, S32Matrix expert_ids, ffi::Result<S32Matrix
     return Invalid(op, "the results must be [batch, pairs] twice and [batch, experts + 1]");
   }
   for (int64_t b = 0; b < batch; ++b) {
-    // With several segments the counts lie where the last kernel writes the sorted ids.
-    int32_t* ids = flat_expert_ids->typed_data() + b * pairs;
     const cudaError_t status =
         LaunchSort({expert_ids.typed_data() + b * pairs, pairs, static_cast<int32_t>(offsets - 1),
-                    sorted_token_ids->typed_data() + b * pairs, ids,
-                    expert_offsets->typed_data() + b * offsets, ids, nullptr, nullptr, 1},
+                    sorted_token_ids->typed_data() + b * pairs,
+                    flat_expert_ids->typed_data() + b * pairs,
+                    expert_offsets->typed_data() + b * offsets, nullptr, nullptr, 1, false},
                    stream);
     if (status != cudaSuccess) return CudaError(op, status);
   }

@@ -201,24 +201,35 @@ __device__ __forceinline__ void WritePlanes(const OutRow& out, const Group& grou
   }
 }
 
+// The group's eight values to `row`, 16 bytes at a time.
+template <typename T>
+__device__ __forceinline__ void WriteEight(void* row, const Group& group, const T (&values)[8]) {
+  constexpr int kPieces = sizeof(values) / 16;
+  uint4 pieces[kPieces];
+  memcpy(pieces, values, sizeof(values));
+#pragma unroll
+  for (int i = 0; i < kPieces; ++i) static_cast<uint4*>(row)[group.index * kPieces + i] = pieces[i];
+}
+
 template <typename T>
 __device__ __forceinline__ void WriteAs(const OutRow& out, const Group& group) {
   if (!group.inside) return;
+  T values[8];
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    reinterpret_cast<T*>(out.values)[group.index * 8 + i] = static_cast<T>(group.v[i]);
-  }
+  for (int i = 0; i < 8; ++i) values[i] = static_cast<T>(group.v[i]);
+  WriteEight(out.values, group, values);
 }
 
 __device__ __forceinline__ void WritePair(const OutRow& out, const Group& group) {
   if (!group.inside) return;
-  auto* high = reinterpret_cast<__nv_bfloat16*>(out.values) + group.index * 8;
-  auto* low = high + out.units * 32;
+  __nv_bfloat16 high[8], low[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     high[i] = __float2bfloat16_rn(group.v[i]);
     low[i] = __float2bfloat16_rn(group.v[i] - __bfloat162float(high[i]));
   }
+  WriteEight(out.values, group, high);
+  WriteEight(out.values + out.units * 64, group, low);
 }
 
 __device__ __forceinline__ void Write(const OutRow& out, const Group& group, float factor) {

@@ -1,6 +1,8 @@
-// The steps of the counting sort of dispatch.h, by blocks of kSortThreads.
+// The counting sort of dispatch.h, by the blocks of a cluster, each of which counts and places a
+// part of the pairs. Bucket `experts` holds the invalid ids.
 #pragma once
 
+#include "ffi/cuda/cluster.cuh"
 #include "ffi/cuda/dispatch.h"
 
 namespace jax_moe::cuda {
@@ -8,85 +10,27 @@ namespace jax_moe::cuda {
 constexpr int kSortThreads = 256;
 constexpr int kSortWarps = kSortThreads / 32;
 static_assert(kSortWarps <= 32);  // a warp scans the sums of all warps
-// Beside the preparation of as many rows a single block's sort is hardly noticed.
-constexpr int kSingleSegment = 32768;
+constexpr int kSortCluster = 8;  // blocks, as many as every device with clusters allows
 
-// Pairs a segment: enough that the counts of all segments fit into `pairs` elements.
-__host__ __device__ inline int64_t SegmentSize(int64_t experts) {
-  return experts < 1024 ? 2048 : 2 * (experts + 1);
+// Warps of a block that sort, each with counters of its own, so that a block needs at most 40 KB.
+__host__ __device__ inline int SortingWarps(int32_t experts) {
+  const int fit = 10240 / (experts + 1) - 1;
+  return fit < 1 ? 1 : fit > kSortWarps ? kSortWarps : fit;
 }
 
-__host__ __device__ inline int64_t Segments(int64_t pairs, int64_t experts) {
-  const int64_t size = SegmentSize(experts);
-  return pairs <= (size > kSingleSegment ? size : kSingleSegment) ? 1 : (pairs + size - 1) / size;
+// Blocks that sort together on devices with clusters. A single warp has no room for counters that
+// the other blocks can read.
+__host__ __device__ inline int SortCluster(int64_t pairs, int32_t experts) {
+  return pairs > 1024 && SortingWarps(experts) > 1 ? kSortCluster : 1;
 }
 
-// Warps that count, each with counters of its own, so that a block needs at most 33 KB and a warp
-// has some 64 pairs at least.
-__host__ __device__ inline int CountingWarps(int64_t pairs, int64_t experts) {
-  const int64_t fit = 8192 / (experts + 1), useful = (pairs + 63) / 64;
-  const int64_t warps = fit < useful ? fit : useful;
-  return static_cast<int>(warps < 1 ? 1 : warps > kSortWarps ? kSortWarps : warps);
+inline size_t SortSharedBytes(const SortArgs& args) {
+  const int warps = SortingWarps(args.experts);
+  return sizeof(int32_t) * (warps == 1 ? 1 : 1 + warps) * (args.experts + 1);
 }
 
-// A warp's part of segment begin .. end - 1.
-struct Span {
-  int64_t begin, end;
-};
-
-__device__ inline Span WarpSpan(int64_t begin, int64_t end, int warps, int warp) {
-  const int64_t share = (end - begin + 32 * warps - 1) / (32 * warps) * 32;
-  const int64_t first = begin + warp * share;
-  return {first < end ? first : end, first + share < end ? first + share : end};
-}
-
-// Visits a warp's pairs in order, all lanes at once: f(pair, bucket, lanes with the same bucket),
-// with bucket -1 for lanes past the end. Bucket `experts` holds the invalid ids.
-template <typename F>
-__device__ inline void ForEachPair(const int32_t* ids, int32_t experts, Span span, F f) {
-  constexpr int kBatch = 8;  // loads under way at a time
-  const int lane = threadIdx.x % 32;
-  for (int64_t base = span.begin; base < span.end; base += 32 * kBatch) {
-    int32_t bucket[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t pair = base + 32 * i + lane;
-      bucket[i] = -1;
-      if (pair < span.end) {
-        const int32_t id = ids[pair];
-        bucket[i] = id >= 0 && id < experts ? id : experts;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (base + 32 * i >= span.end) break;
-      f(base + 32 * i + lane, bucket[i], __match_any_sync(0xffffffffu, bucket[i]));
-      __syncwarp();
-    }
-  }
-}
-
-__device__ inline void CountPairs(const int32_t* ids, int32_t experts, Span span, int32_t* counts) {
-  const int lane = threadIdx.x % 32;
-  ForEachPair(ids, experts, span, [&](int64_t, int32_t bucket, unsigned same) {
-    if (bucket >= 0 && lane == __ffs(same) - 1) counts[bucket] += __popc(same);
-  });
-}
-
-// Writes a warp's pairs to their places; next[bucket] is the first free one.
-__device__ inline void ScatterPairs(const SortArgs& args, Span span, int32_t* next) {
-  const int lane = threadIdx.x % 32;
-  ForEachPair(args.expert_ids, args.experts, span,
-              [&](int64_t pair, int32_t bucket, unsigned same) {
-                const int32_t first = bucket >= 0 ? next[bucket] : 0;
-                __syncwarp();
-                if (bucket < 0) return;
-                args.sorted[first + __popc(same & ((1u << lane) - 1))] = static_cast<int32_t>(pair);
-                if (lane == __ffs(same) - 1) next[bucket] = first + __popc(same);
-              });
-}
-
-// Exclusive prefix sums of two values a thread, over the block; adds the totals to `total`.
+// Of the values that a block's threads give, returns `total` and the sum over all threads before
+// this one, and adds the sum over all threads to `total`.
 __device__ inline int2 BlockScan(int2 value, int2* warp_sums, int2& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int2 sum = value;
@@ -113,71 +57,162 @@ __device__ inline int2 BlockScan(int2 value, int2* warp_sums, int2& total) {
   return result;
 }
 
-// From the number of pairs in every bucket to where each begins, and to the tiles.
-// count(bucket) returns the number, place(bucket, begin) takes the result.
-template <typename Count, typename Place>
-__device__ inline void PlaceBuckets(const SortArgs& args, Count count, Place place) {
-  __shared__ int2 warp_sums[kSortWarps];
-  int2 total = {0, 0};
-  for (int base = 0; base <= args.experts; base += kSortThreads) {
-    const int bucket = base + threadIdx.x;
-    const int number = bucket <= args.experts ? count(bucket) : 0;
-    const int tiles = args.tiles != nullptr && bucket < args.experts
-                          ? (number + args.tile_tokens - 1) / args.tile_tokens
-                          : 0;
-    const int2 before = BlockScan({number, tiles}, warp_sums, total);
-    if (bucket > args.experts) continue;
-    args.offsets[bucket] = before.x;
-    place(bucket, before.x);
-    // Tiles of nearly equal size, in units of what a tensor core multiplies at a time.
-    const int step = min(8, args.tile_tokens);
-    const int size = tiles == 0 ? 0 : ((number + tiles - 1) / tiles + step - 1) / step * step;
-    for (int i = 0; i < tiles; ++i) {
-      const int start = i * size;
-      args.tiles[before.y + i] = {bucket, before.x + start, min(size, number - start), 0};
+// What a block of the cluster does.
+class SortBlock {
+ public:
+  // ids [args.pairs]: what is read in place of args.expert_ids. counts: SortSharedBytes, shared.
+  __device__ SortBlock(const SortArgs& args, const int32_t* ids, int32_t* counts)
+      : args_(args),
+        ids_(ids),
+        pairs_(static_cast<int>(args.pairs)),
+        buckets_(args.experts + 1),
+        warps_(SortingWarps(args.experts)),
+        warp_(threadIdx.x / 32),
+        lane_(threadIdx.x % 32),
+        all_(counts),
+        warp_counts_(warps_ == 1 ? counts : counts + buckets_) {
+    const int parts = ClusterSize() * warps_;
+    const int share = (pairs_ + 32 * parts - 1) / (32 * parts) * 32;
+    begin_ = warp_ < warps_ ? min((ClusterRank() * warps_ + warp_) * share, pairs_) : pairs_;
+    end_ = min(begin_ + share, pairs_);
+  }
+
+  __device__ void Run() {
+    for (int i = threadIdx.x; i < warps_ * buckets_; i += kSortThreads) warp_counts_[i] = 0;
+    __syncthreads();
+    Count();
+    __syncthreads();
+    for (int bucket = threadIdx.x; bucket < buckets_; bucket += kSortThreads) {
+      int sum = 0;
+      for (int w = 0; w < warps_; ++w) sum += warp_counts_[w * buckets_ + bucket];
+      all_[bucket] = sum;
+    }
+    ArriveInCluster();
+    WaitInCluster();
+    PlaceBuckets();
+    // The others read this block's shared memory until they are here too.
+    ArriveInCluster();
+    __syncthreads();
+    Scatter();
+    WaitInCluster();
+  }
+
+ private:
+  static constexpr int kBatch = 8;  // times 32 pairs whose loads are under way at a time
+
+  __device__ int Bucket(int32_t id) const {
+    return id >= 0 && id < args_.experts ? id : args_.experts;
+  }
+
+  // Of the pairs base + 32 i + lane; 0 past the end.
+  __device__ void LoadIds(int base, int32_t (&id)[kBatch]) const {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int pair = base + 32 * i + lane_;
+      id[i] = pair < end_ ? ids_[pair] : 0;
     }
   }
-  if (args.tiles != nullptr && threadIdx.x == 0) *args.num_tiles = total.y;
-}
 
-__device__ inline void ClearCounts(int32_t* counts, int number) {
-  for (int i = threadIdx.x; i < number; i += kSortThreads) counts[i] = 0;
-  __syncthreads();
-}
-
-// The whole sort in one block of kSortThreads; counts [CountingWarps, experts + 1] in shared memory.
-__device__ inline void SortInBlock(const SortArgs& args, int32_t* counts) {
-  const int buckets = args.experts + 1, warps = CountingWarps(args.pairs, args.experts);
-  const int warp = threadIdx.x / 32;
-  const Span span = WarpSpan(0, args.pairs, warps, warp);
-  ClearCounts(counts, warps * buckets);
-  if (warp < warps) CountPairs(args.expert_ids, args.experts, span, counts + warp * buckets);
-  __syncthreads();
-  PlaceBuckets(
-      args,
-      [&](int bucket) {
-        int sum = 0;
-        for (int w = 0; w < warps; ++w) sum += counts[w * buckets + bucket];
-        return sum;
-      },
-      [&](int bucket, int begin) {
-        for (int w = 0; w < warps; ++w) {
-          const int here = counts[w * buckets + bucket];
-          counts[w * buckets + bucket] = begin;
-          begin += here;
-        }
-      });
-  __syncthreads();
-  if (warp < warps) ScatterPairs(args, span, counts + warp * buckets);
-  if (args.sorted_ids == nullptr) return;
-  __syncthreads();
-  for (int i = threadIdx.x; i < args.pairs; i += kSortThreads) {
-    args.sorted_ids[i] = args.expert_ids[args.sorted[i]];
+  __device__ void Count() {
+    int32_t* counts = warp_counts_ + warp_ * buckets_;
+    for (int base = begin_; base < end_; base += 32 * kBatch) {
+      int32_t id[kBatch];
+      LoadIds(base, id);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (base + 32 * i + lane_ < end_) atomicAdd(counts + Bucket(id[i]), 1);
+      }
+    }
   }
-}
 
-inline size_t SortSharedBytes(const SortArgs& args) {
-  return sizeof(int32_t) * CountingWarps(args.pairs, args.experts) * (args.experts + 1);
-}
+  // From the number of pairs in every bucket to where each warp's begin, and to the tiles.
+  __device__ void PlaceBuckets() {
+    __shared__ int2 warp_sums[kSortWarps];
+    int2 total = {0, 0};
+    for (int base = 0; base < buckets_; base += kSortThreads) {
+      const int bucket = base + static_cast<int>(threadIdx.x);
+      const bool has = bucket < buckets_;
+      int there[kSortCluster];
+#pragma unroll
+      for (int rank = 0; rank < kSortCluster; ++rank) {
+        there[rank] = has && rank < ClusterSize() ? LoadFromCluster(all_ + bucket, rank) : 0;
+      }
+      int number = 0, before = 0;  // in all blocks, and in those before this one
+#pragma unroll
+      for (int rank = 0; rank < kSortCluster; ++rank) {
+        number += there[rank];
+        if (rank < ClusterRank()) before += there[rank];
+      }
+      const int tiles = bucket < args_.experts ? Tiles(number) : 0;
+      const int2 begin = BlockScan({number, tiles}, warp_sums, total);
+      if (!has) continue;
+      int next = begin.x + before;
+      for (int w = 0; w < warps_; ++w) {
+        int32_t& count = warp_counts_[w * buckets_ + bucket];
+        const int here = count;
+        count = next;
+        next += here;
+      }
+      if (ClusterRank() == 0) {
+        args_.offsets[bucket] = begin.x;
+        WriteTiles(bucket, number, tiles, begin);
+      }
+    }
+    const bool tells = args_.tiles != nullptr && ClusterRank() == 0 && threadIdx.x == 0;
+    if (tells) *args_.num_tiles = total.y;
+  }
+
+  // Of an expert.
+  __device__ int Tiles(int pairs) const {
+    if (args_.tiles == nullptr) return 0;
+    const int tiles = (pairs + args_.tile_tokens - 1) / args_.tile_tokens;
+    return args_.even_tiles && tiles > 1 ? tiles + tiles % 2 : tiles;
+  }
+
+  // Of nearly equal size, in units of what a tensor core multiplies at a time. With an even number
+  // the last one may be empty.
+  __device__ void WriteTiles(int bucket, int pairs, int tiles, int2 begin) const {
+    const int step = min(8, args_.tile_tokens);
+    const int size = tiles == 0 ? 0 : ((pairs + tiles - 1) / tiles + step - 1) / step * step;
+    for (int i = 0; i < tiles; ++i) {
+      const int start = i * size;
+      args_.tiles[begin.y + i] = {bucket, begin.x + start, max(min(size, pairs - start), 0), 0};
+    }
+  }
+
+  // Writes a warp's pairs to their places; of its counts, next[bucket] is the first free one.
+  __device__ void Scatter() {
+    int32_t* next = warp_counts_ + warp_ * buckets_;
+    for (int base = begin_; base < end_; base += 32 * kBatch) {
+      int32_t id[kBatch];
+      unsigned same[kBatch];  // lanes with the same bucket
+      LoadIds(base, id);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const bool inside = base + 32 * i + lane_ < end_;
+        same[i] = __match_any_sync(0xffffffffu, inside ? Bucket(id[i]) : -1);
+      }
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const int pair = base + 32 * i + lane_, bucket = Bucket(id[i]);
+        const int place = next[bucket] + __popc(same[i] & ((1u << lane_) - 1));
+        __syncwarp();
+        if (pair < end_) {
+          args_.sorted[place] = pair;
+          if (args_.sorted_ids != nullptr) args_.sorted_ids[place] = id[i];
+          if (lane_ == 31 - __clz(same[i])) next[bucket] = place + 1;
+        }
+        __syncwarp();
+      }
+    }
+  }
+
+  const SortArgs& args_;
+  const int32_t* ids_;
+  const int pairs_, buckets_, warps_, warp_, lane_;
+  int begin_, end_;       // the warp's pairs
+  int32_t* all_;          // [buckets]: this block's pairs of every bucket
+  int32_t* warp_counts_;  // [warps, buckets]: the same of every warp
+};
 
 }  // namespace jax_moe::cuda

@@ -198,7 +198,6 @@ CudaGemmLayout LayoutCudaGemm(const GemmProblem& problem, int64_t tokens) {
   layout.winners = areas.Add(4 * pairs);
   layout.expert_ids = areas.Add(4 * pairs);
   layout.pairs = areas.Add(4 * pairs);
-  layout.counts = areas.Add(4 * pairs);
   layout.offsets = areas.Add(4 * (shape.experts + 1));
   layout.tiles = areas.Add(TileBytes(pairs, shape.experts));
   layout.num_tiles = areas.Add(4);
@@ -215,7 +214,6 @@ CudaFfnLayout LayoutCudaFfn(const FfnProblem& problem, int64_t tokens) {
   Areas areas;
   CudaFfnLayout layout;
   layout.pairs = areas.Add(4 * pairs);
-  layout.counts = areas.Add(4 * pairs);
   layout.offsets = areas.Add(4 * (shape.experts + 1));
   layout.tiles = areas.Add(TileBytes(pairs, shape.experts));
   layout.num_tiles = areas.Add(4);
@@ -226,21 +224,21 @@ CudaFfnLayout LayoutCudaFfn(const FfnProblem& problem, int64_t tokens) {
   return layout;
 }
 
-// The bounds: every area without its rounding, and the rounding of eight areas.
+// The bounds: every area without its rounding, and the rounding of seven areas.
 
 Workspace CudaGemmWorkspace(const GemmProblem& problem) {
   const GemmShape& shape = problem.shape;
   const int64_t rows = shape.rows_are_pairs ? shape.top_k : 1;
-  return {8 * kAlign + 4 * (shape.experts + 1) + kTileBytes * shape.experts + 4,
-          shape.top_k * (4 * 4 + kTileBytes / kCudaMinTileTokens) +
+  return {7 * kAlign + 4 * (shape.experts + 1) + kTileBytes * shape.experts + 4,
+          shape.top_k * (3 * 4 + kTileBytes / kCudaMinTileTokens) +
               rows * PreparedRowBytes(problem.format, shape.k)};
 }
 
 Workspace CudaFfnWorkspace(const FfnProblem& problem) {
   const FfnShape& shape = problem.shape;
   const FfnRowBytes bytes = RowBytesOf(problem);
-  return {8 * kAlign + 4 * (shape.experts + 1) + kTileBytes * shape.experts + 4,
-          shape.top_k * (2 * 4 + kTileBytes / kCudaMinTileTokens + bytes.h + bytes.values) +
+  return {7 * kAlign + 4 * (shape.experts + 1) + kTileBytes * shape.experts + 4,
+          shape.top_k * (4 + kTileBytes / kCudaMinTileTokens + bytes.h + bytes.values) +
               bytes.x};
 }
 

@@ -61,7 +61,6 @@ struct CudaGemmLayout {
   int64_t winners;     // s32 [pairs]
   int64_t expert_ids;  // s32 [pairs]
   int64_t pairs;       // s32 [pairs]
-  int64_t counts;      // s32 [pairs]
   int64_t offsets;     // s32 [experts + 1]
   int64_t tiles;       // 16 bytes a tile
   int64_t num_tiles;   // s32
@@ -70,9 +69,9 @@ struct CudaGemmLayout {
 };
 
 struct CudaFfnLayout {
-  int64_t pairs, counts, offsets, tiles, num_tiles;  // as above
-  int64_t x;                                         // prepared activations of the tokens
-  int64_t h;                                         // prepared activations of the pairs
+  int64_t pairs, offsets, tiles, num_tiles;  // as above
+  int64_t x;                                 // prepared activations of the tokens
+  int64_t h;                                 // prepared activations of the pairs
   int64_t values;  // f32 of every pair: gate and up unless the call fuses, then down
   int64_t bytes;
 };

@@ -1,0 +1,68 @@
+// Clusters: blocks that run at the same time and read each other's shared memory (Hopper).
+// Elsewhere a block is a cluster of its own.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_moe::cuda {
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+
+__device__ __forceinline__ int ClusterSize() {
+  int size;
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+// This block's place in its cluster.
+__device__ __forceinline__ int ClusterRank() {
+  int rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+
+// Every thread of the cluster arrives, and later waits for all others to have arrived.
+__device__ __forceinline__ void ArriveInCluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void WaitInCluster() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// What the block of this rank has where this one has `shared`.
+__device__ __forceinline__ int32_t LoadFromCluster(const int32_t* shared, int rank) {
+  int32_t value;
+  asm volatile(
+      "{\n"
+      ".reg .b32 address;\n"
+      "mapa.shared::cluster.u32 address, %1, %2;\n"
+      "ld.shared::cluster.s32 %0, [address];\n"
+      "}\n"
+      : "=r"(value)
+      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(rank)
+      : "memory");
+  return value;
+}
+
+// Arrives at the barrier of the block of this rank.
+__device__ __forceinline__ void ArriveInBlock(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 address;\n"
+      "mapa.shared::cluster.u32 address, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [address];\n"
+      "}\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))),
+      "r"(rank)
+      : "memory");
+}
+
+#else
+
+__device__ __forceinline__ int ClusterSize() { return 1; }
+__device__ __forceinline__ int ClusterRank() { return 0; }
+__device__ __forceinline__ void ArriveInCluster() { __syncthreads(); }
+__device__ __forceinline__ void WaitInCluster() {}
+__device__ __forceinline__ int32_t LoadFromCluster(const int32_t* shared, int) { return *shared; }
+
+#endif
+
+}  // namespace jax_moe::cuda
