@@ -20,7 +20,8 @@ __device__ __forceinline__ int ClusterRank() {
   return rank;
 }
 
-// Every thread of the cluster arrives, and later waits for all others to have arrived.
+// Every thread of the cluster arrives, and later waits for all others to have arrived: what was written to
+// shared memory before is there then.
 __device__ __forceinline__ void ArriveInCluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
@@ -43,6 +44,18 @@ __device__ __forceinline__ int32_t LoadFromCluster(const int32_t* shared, int ra
   return value;
 }
 
+// Writes to where the block of this rank has what this one has at `shared`.
+__device__ __forceinline__ void StoreToCluster(float* shared, int rank, float value) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 address;\n"
+      "mapa.shared::cluster.u32 address, %0, %1;\n"
+      "st.shared::cluster.f32 [address], %2;\n"
+      "}\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "r"(rank), "f"(value)
+      : "memory");
+}
+
 // Arrives at the barrier of the block of this rank.
 __device__ __forceinline__ void ArriveInBlock(uint64_t* barrier, int rank) {
   asm volatile(
@@ -62,6 +75,7 @@ __device__ __forceinline__ int ClusterRank() { return 0; }
 __device__ __forceinline__ void ArriveInCluster() { __syncthreads(); }
 __device__ __forceinline__ void WaitInCluster() {}
 __device__ __forceinline__ int32_t LoadFromCluster(const int32_t* shared, int) { return *shared; }
+__device__ __forceinline__ void StoreToCluster(float* shared, int, float value) { *shared = value; }
 
 #endif
 

@@ -75,27 +75,6 @@ __device__ __forceinline__ void WaitBarrier(uint64_t* barrier, uint32_t parity) 
       : "memory");
 }
 
-// A barrier of all threads of a cluster, in two parts: what was written to shared memory before the first one
-// is there after the second.
-__device__ __forceinline__ void ArriveAtCluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-}
-__device__ __forceinline__ void WaitForCluster() {
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// Writes to the place of *shared in block `rank` of the cluster.
-__device__ __forceinline__ void StoreToBlock(float* shared, int rank, float value) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 place;\n"
-      "mapa.shared::cluster.u32 place, %0, %1;\n"
-      "st.shared::cluster.f32 [place], %2;\n"
-      "}\n" ::"r"(SharedAddress(shared)),
-      "r"(rank), "f"(value)
-      : "memory");
-}
-
 // Copies `bytes` from global to shared memory, all multiples of 16, and tells the barrier.
 __device__ __forceinline__ void BulkCopy(void* shared, const void* global, uint32_t bytes,
                                          uint64_t* barrier) {

@@ -8,6 +8,7 @@
 // block that adds it up, in the order of the warps and then of the slots.
 #pragma once
 
+#include "ffi/cuda/cluster.cuh"
 #include "ffi/cuda/tiled_epilogue.cuh"
 #include "ffi/cuda/tiled_step.cuh"
 #include "ffi/cuda/warp_ring.cuh"
@@ -52,9 +53,7 @@ class DownWarp {
         row0_(blockIdx.x / args.splits * Shape::kRows),
         tile_steps_((args.columns + Shape::kStep - 1) / Shape::kStep),
         band_bytes_(TiledRow<Format>::BandBytes(args.columns)) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if (args.splits > 1) ArriveAtCluster();
-#endif
+    if (args.splits > 1) ArriveInCluster();
     steps_ = few_.Number() * tile_steps_;
     warps_ = min(static_cast<int>(blockDim.x) / 32 * args.splits, steps_);
   }
@@ -99,24 +98,18 @@ class DownWarp {
 
   // Nothing can be stored to a block that has not begun.
   __device__ __forceinline__ void WaitForStart() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if (args_.splits == 1) return;
-    WaitForCluster();
-#endif
+    WaitInCluster();
   }
   __device__ __forceinline__ void StoreSum(float* to, int owner, float sum) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if (args_.splits > 1) return StoreToBlock(to, owner, sum);
-#endif
+    if (args_.splits > 1) return StoreToCluster(to, owner, sum);
     *to = sum;
   }
   __device__ __forceinline__ void WaitForSums() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if (args_.splits > 1) {
-      ArriveAtCluster();
-      return WaitForCluster();
+      ArriveInCluster();
+      return WaitInCluster();
     }
-#endif
     __syncthreads();
   }
 
