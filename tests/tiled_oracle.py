@@ -14,6 +14,12 @@ NATURAL = ("IQ4_NL", "IQ4_XS")
 OCTAL = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS")
 
 
+def split(word, width, count):
+    """`count` fields of `width` bits of every word, the lowest first, side by side."""
+    fields = word[..., None] >> (width * np.arange(count)).astype(word.dtype) & (1 << width) - 1
+    return fields.reshape(*word.shape[:-1], -1)
+
+
 def nibbles(b):
     return np.concatenate([b & 15, b >> 4], axis=-1)
 
@@ -29,10 +35,6 @@ def bits_of_256(b):
     return (b[..., None, :] >> np.arange(8, dtype=np.uint8)[:, None] & 1).reshape(
         *b.shape[:-1], 256
     )
-
-
-def bits_in_order(b):
-    return np.unpackbits(b, axis=-1, bitorder="little")
 
 
 def nibbles_of_256(b):
@@ -57,18 +59,7 @@ def q3_scales(b):
 
 def iq4_xs_scales(b):
     high = b[..., 2:4].copy().view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16) & 3
-    low = np.stack([b[..., 4:8] & 15, b[..., 4:8] >> 4], axis=-1).reshape(*b.shape[:-1], 8)
-    return low | high.astype(np.uint8) << 4
-
-
-def six_bits(fields):
-    """Bytes [..., 6n / 8] of six-bit fields [..., n], the first in the lowest bits."""
-    bits = fields[..., None] >> np.arange(6, dtype=np.uint8) & 1
-    return np.packbits(bits.reshape(*fields.shape[:-1], -1), axis=-1, bitorder="little")
-
-
-def two_bits_in_order(b):
-    return (b[..., None] >> np.arange(0, 8, 2, dtype=np.uint8) & 3).reshape(*b.shape[:-1], -1)
+    return split(b[..., 4:8], 4, 2) | high.astype(np.uint8) << 4
 
 
 def words(b, dtype):
@@ -94,15 +85,14 @@ def grid(name):
 def seven_signs(packed):
     """Signs [..., 8 n] of n fields of seven bits; every eight of them are set an even number of
     times."""
-    bits = packed[..., None].astype(np.uint32) >> np.arange(7, dtype=np.uint32) & 1
-    bits = np.concatenate([bits, bits.sum(-1, keepdims=True) & 1], axis=-1)
-    return bits.reshape(*packed.shape[:-1], -1).astype(np.uint8)
+    sevens = split(packed, 1, 7).astype(np.uint8).reshape(*packed.shape, 7)
+    signs = np.concatenate([sevens, np.bitwise_xor.reduce(sevens, -1, keepdims=True)], axis=-1)
+    return signs.reshape(*packed.shape[:-1], -1)
 
 
 def unit_words(word):
     """Four fields of seven bits and one of four of words [..., 8]."""
-    sevens = word[..., None] >> np.arange(0, 28, 7, dtype=np.uint32) & 127
-    return seven_signs(sevens.reshape(*word.shape[:-1], 32)), word >> 28
+    return seven_signs(split(word, 7, 4)), word >> 28
 
 
 def code_words_of(name, b):
@@ -110,39 +100,28 @@ def code_words_of(name, b):
     match name:
         case "IQ1_S":
             high = words(b[..., 34:], "<u2")
-            index = b[..., 2:34] | bits(high, 3, 4).astype(np.uint16) << 8
+            index = b[..., 2:34] | split(high, 3, 4).astype(np.uint16) << 8
             return index, None, high >> 12 & 7
         case "IQ1_M":
-            index = b[..., :32] | (in_order(b[..., 32:48]) & 7).astype(np.uint16) << 8
-            return index, None, bits(words(b[..., 48:], "<u2"), 3, 4)
+            index = b[..., :32] | (split(b[..., 32:48], 4, 2) & 7).astype(np.uint16) << 8
+            return index, None, split(words(b[..., 48:], "<u2"), 3, 4)
         case "IQ2_XXS":
             pair = words(b[..., 2:], "<u4").reshape(*b.shape[:-1], 8, 2)
             signs, scales = unit_words(pair[..., 1])
-            return bits(pair[..., 0], 8, 4), signs, scales
+            return split(pair[..., 0], 8, 4), signs, scales
         case "IQ2_XS":
             code = words(b[..., 2:66], "<u2")
-            return code & 511, seven_signs(code >> 9), in_order(b[..., 66:])
+            return code & 511, seven_signs(code >> 9), split(b[..., 66:], 4, 2)
         case "IQ2_S":
-            index = b[..., 2:34] | two_bits_in_order(b[..., 66:74]).astype(np.uint16) << 8
-            return index, bits_in_order(b[..., 34:66]), in_order(b[..., 74:])
+            index = b[..., 2:34] | split(b[..., 66:74], 2, 4).astype(np.uint16) << 8
+            return index, split(b[..., 34:66], 1, 8), split(b[..., 74:], 4, 2)
         case "IQ3_XXS":
             signs, scales = unit_words(words(b[..., 66:], "<u4"))
             return b[..., 2:66], signs, scales
         case "IQ3_S":
-            index = b[..., 2:66] | bits_in_order(b[..., 66:74]).astype(np.uint16) << 8
-            return index, bits_in_order(b[..., 74:106]), in_order(b[..., 106:])
+            index = b[..., 2:66] | split(b[..., 66:74], 1, 8).astype(np.uint16) << 8
+            return index, split(b[..., 74:106], 1, 8), split(b[..., 106:], 4, 2)
     raise AssertionError(name)
-
-
-def bits(word, width, count):
-    """`count` fields of `width` bits of every word, the lowest first."""
-    fields = word[..., None] >> (width * np.arange(count)).astype(word.dtype) & (1 << width) - 1
-    return fields.reshape(*word.shape[:-1], -1)
-
-
-def in_order(b):
-    """Nibbles, those of a byte side by side."""
-    return np.stack([b & 15, b >> 4], axis=-1).reshape(*b.shape[:-1], -1)
 
 
 def iq1_m_d(b):
@@ -160,7 +139,7 @@ def expanded_fields(name, b):
             return value, None, [pack_bits(scales | shift << 3, 4), b[..., :2]]
         case "IQ1_M":
             pair = scales.reshape(*b.shape[:-1], 8, 2)
-            shift = (in_order(b[..., 32:48]) >> 3).reshape(*b.shape[:-1], 8, 4)
+            shift = (split(b[..., 32:48], 4, 2) >> 3).reshape(*b.shape[:-1], 8, 4)
             ten = pair[..., 0] | pair[..., 1] << 3 | pack_bits(shift, 1)[..., 0].astype("<u2") << 6
             ten = pack_bits(ten[..., [0, 4, 1, 5, 2, 6, 3, 7]], 10)
             return value, None, [np.concatenate([ten, iq1_m_d(b).view(np.uint8)], axis=-1)]
@@ -199,7 +178,7 @@ def fields(name, b):
             return nibbles(b[..., 4:]), b[..., None, :4], []
         case "Q5_0" | "Q5_1":
             n = 2 if name == "Q5_0" else 4
-            q = nibbles(b[..., n + 4 :]) | bits_in_order(b[..., n : n + 4]) << 4
+            q = nibbles(b[..., n + 4 :]) | split(b[..., n : n + 4], 1, 8) << 4
             return q, b[..., None, :n], []
         case "Q8_0":
             return b[..., 2:], b[..., None, :2], []
@@ -216,11 +195,11 @@ def fields(name, b):
             q = pairs_of_256(b[..., 32:96]) | bits_of_256(b[..., :32]) << 2
             s = q3_scales(b[..., 96:108])
             t = [s[..., [2 * t, 2 * t + 1, 8 + 2 * t, 9 + 2 * t]] for t in range(4)]
-            return q, None, [six_bits(np.concatenate(t, axis=-1)), b[..., 108:]]
+            return q, None, [pack_bits(np.concatenate(t, axis=-1), 6), b[..., 108:]]
         case "Q4_K" | "Q5_K":
             s, m = k_scales(b[..., 4:16])
             t = [x[..., [i]] for t in range(4) for i in (t, 4 + t) for x in (s, m)]
-            row = np.concatenate([b[..., :4], six_bits(np.concatenate(t, axis=-1))], axis=-1)
+            row = np.concatenate([b[..., :4], pack_bits(np.concatenate(t, axis=-1), 6)], axis=-1)
             if name == "Q4_K":
                 return nibbles_of_256(b[..., 16:]), None, [row]
             return nibbles_of_256(b[..., 48:]) | bits_of_256(b[..., 16:48]) << 4, None, [row]
@@ -231,15 +210,15 @@ def fields(name, b):
         case "IQ4_XS":
             q = nibbles(b[..., 8:].reshape(*b.shape[:-1], 8, 16)).reshape(*b.shape[:-1], 256)
             s = iq4_xs_scales(b)[..., [0, 4, 1, 5, 2, 6, 3, 7]]
-            return q, None, [np.concatenate([b[..., :2], six_bits(s)], axis=-1)]
+            return q, None, [np.concatenate([b[..., :2], pack_bits(s, 6)], axis=-1)]
         case "TQ1_0":
             return tq1_0_fields(b)
         case "TQ2_0":
             return pairs_of_256(b[..., :64]), None, [b[..., 64:]]
         case "Q1_0":
-            return bits_in_order(b[..., 2:]), None, [b[..., :2]]
+            return split(b[..., 2:], 1, 8), None, [b[..., :2]]
         case "Q2_0":
-            return two_bits_in_order(b[..., 2:]), b[..., :2, None], []
+            return split(b[..., 2:], 2, 4), b[..., :2, None], []
     return expanded_fields(name, b)
 
 

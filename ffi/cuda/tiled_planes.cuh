@@ -58,10 +58,10 @@ __device__ __forceinline__ uint32_t LoadHalf(const uint8_t* from) {
 template <typename Format>
 struct TiledUnit;
 
-// One f16 scale a unit.
-template <typename Format>
+// One f16 scale a unit or a row's block.
+template <int kAtomChunks>
 struct HalfScaled {
-  static constexpr int kChunks = 1, kScaleWords = 1, kCentre = 0;
+  static constexpr int kChunks = kAtomChunks, kScaleWords = 1, kCentre = 0;
   using Place = TiledPlace<kChunks>;
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int) {
     return {HalfBits(s[0]), 0.0f};
@@ -69,7 +69,7 @@ struct HalfScaled {
 };
 
 // An f16 scale and an f16 minimum a unit.
-template <typename Format, int kCentreValue>
+template <int kCentreValue>
 struct HalfScaledWithMinimum {
   static constexpr int kChunks = 1, kScaleWords = 1, kCentre = kCentreValue;
   using Place = TiledPlace<kChunks>;
@@ -83,7 +83,7 @@ struct HalfScaledWithMinimum {
                                               uint32_t* s)
 
 template <>
-struct TiledUnit<Q4_0> : HalfScaled<Q4_0> {
+struct TiledUnit<Q4_0> : HalfScaled<1> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     s[0] = LoadHalf(atom + at.Unit(16, 2));
@@ -91,7 +91,7 @@ struct TiledUnit<Q4_0> : HalfScaled<Q4_0> {
 };
 
 template <>
-struct TiledUnit<Q4_1> : HalfScaledWithMinimum<Q4_1, 8> {
+struct TiledUnit<Q4_1> : HalfScaledWithMinimum<8> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<1>(atom + at.Unit(16, 4), s);
@@ -99,7 +99,7 @@ struct TiledUnit<Q4_1> : HalfScaledWithMinimum<Q4_1, 8> {
 };
 
 template <>
-struct TiledUnit<Q5_0> : HalfScaled<Q5_0> {
+struct TiledUnit<Q5_0> : HalfScaled<1> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<1>(atom + at.Unit(16, 4), q + 4);
@@ -108,7 +108,7 @@ struct TiledUnit<Q5_0> : HalfScaled<Q5_0> {
 };
 
 template <>
-struct TiledUnit<Q5_1> : HalfScaledWithMinimum<Q5_1, 16> {
+struct TiledUnit<Q5_1> : HalfScaledWithMinimum<16> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<1>(atom + at.Unit(16, 4), q + 4);
@@ -117,7 +117,7 @@ struct TiledUnit<Q5_1> : HalfScaledWithMinimum<Q5_1, 16> {
 };
 
 template <>
-struct TiledUnit<Q8_0> : HalfScaled<Q8_0> {
+struct TiledUnit<Q8_0> : HalfScaled<1> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<4>(atom + at.Unit(16, 16), q + 4);
@@ -126,7 +126,7 @@ struct TiledUnit<Q8_0> : HalfScaled<Q8_0> {
 };
 
 template <>
-struct TiledUnit<IQ4_NL> : HalfScaled<IQ4_NL> {
+struct TiledUnit<IQ4_NL> : HalfScaled<1> {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     s[0] = LoadHalf(atom + at.Unit(16, 2));
@@ -281,15 +281,10 @@ struct TiledUnit<IQ4_XS> {
 };
 
 template <>
-struct TiledUnit<TQ2_0> {
-  static constexpr int kChunks = 2, kScaleWords = 1, kCentre = 0;
-  using Place = TiledPlace<kChunks>;
+struct TiledUnit<TQ2_0> : HalfScaled<2> {
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
     s[0] = LoadHalf(atom + at.Row(8, 0, 2));
-  }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int) {
-    return {HalfBits(s[0]), 0.0f};
   }
 };
 
@@ -297,7 +292,7 @@ template <>
 struct TiledUnit<TQ1_0> : TiledUnit<TQ2_0> {};
 
 template <>
-struct TiledUnit<Q1_0> : HalfScaled<Q1_0> {
+struct TiledUnit<Q1_0> : HalfScaled<1> {
   JM_LOAD {
     LoadWords<1>(atom + at.Unit(0, 4), q);
     s[0] = LoadHalf(atom + at.Row(4, 0, 2));
@@ -305,7 +300,7 @@ struct TiledUnit<Q1_0> : HalfScaled<Q1_0> {
 };
 
 template <>
-struct TiledUnit<Q2_0> : HalfScaled<Q2_0> {
+struct TiledUnit<Q2_0> : HalfScaled<1> {
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
     // A block's two units have a byte each.
@@ -369,6 +364,11 @@ struct TiledUnit<IQ1_M> {
   }
 };
 
+// A quarter of scale + 1/2.
+__device__ __forceinline__ float Iq2Factor(uint32_t scale) {
+  return fmaf(SmallFloat(scale), 0.25f, 0.125f);
+}
+
 template <>
 struct TiledUnit<IQ2_XXS> : FourBitScaled<12> {
   static constexpr int kCentre = 0;
@@ -378,7 +378,7 @@ struct TiledUnit<IQ2_XXS> : FourBitScaled<12> {
     LoadScales(atom, at, s);
   }
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
-    return {HalfBits(s[1]) * fmaf(SmallFloat(FourBits(s, at)), 0.25f, 0.125f), 0.0f};
+    return {HalfBits(s[1]) * Iq2Factor(FourBits(s, at)), 0.0f};
   }
 };
 
@@ -393,7 +393,7 @@ struct TwoScaleIq2 {
     s[1] = LoadHalf(atom + at.Row(13, 0, 2));
   }
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group) {
-    return {HalfBits(s[1]) * fmaf(SmallFloat(s[0] >> 4 * group & 15), 0.25f, 0.125f), 0.0f};
+    return {HalfBits(s[1]) * Iq2Factor(s[0] >> 4 * group & 15), 0.0f};
   }
 };
 template <>
