@@ -61,7 +61,7 @@ def select_kernel(op: str, *args: Any, platform: str | None = None, **kwargs: An
         checked = gemm = gemm_problem(*args, **kwargs)
         format = _format_on(platform, gemm.format)
         tokens, x_dtype, y_dtype = gemm.num_pairs // gemm.top_k, gemm.x_dtype, gemm.y_dtype
-        k = gemm.k
+        rows, k = gemm.n, gemm.k
         problem = _ffi.native().GemmProblem(
             top_k=gemm.top_k,
             experts=gemm.num_experts,
@@ -74,7 +74,7 @@ def select_kernel(op: str, *args: Any, platform: str | None = None, **kwargs: An
         checked = ffn = ffn_problem(*args, **kwargs)
         gate_format, up_format, format = (_format_on(platform, f) for f in ffn.formats)
         tokens, x_dtype, y_dtype = ffn.num_tokens, ffn.x_dtype, ffn.x_dtype
-        k = ffn.d_expert
+        rows, k = ffn.d_model, ffn.d_expert
         problem = _ffi.native().FfnProblem(
             top_k=ffn.top_k,
             experts=ffn.num_experts,
@@ -97,6 +97,7 @@ def select_kernel(op: str, *args: Any, platform: str | None = None, **kwargs: An
         format=format,
         x_dtype=x_dtype.name,
         y_dtype=y_dtype.name,
+        rows=rows,
         k=k,
         pairs=tokens * checked.top_k,
         experts=checked.num_experts,

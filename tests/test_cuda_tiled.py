@@ -18,8 +18,9 @@ from jax_moe._formats import FORMATS
 pytestmark = pytest.mark.gpu
 
 INT32 = np.iinfo(np.int32)
-# Tokens, experts, slots, rows: by the mean number of pairs an expert they reach every kernel.
-SHAPES = ((1, 5, 2, 48), (3, 7, 2, 16), (17, 4, 2, 208), (100, 5, 2, 208), (700, 3, 2, 48))
+# Tokens, experts, slots, rows: by the mean number of pairs an expert, and enough blocks for the tiles
+# of 64 and 128 tokens, they reach every kernel.
+SHAPES = ((1, 5, 2, 48), (3, 7, 2, 16), (17, 4, 2, 208), (640, 40, 2, 208), (1400, 20, 2, 272))
 TOKENS = tuple(shape[0] for shape in SHAPES)
 WIDTHS_OF_256 = (256, 768, 2048)
 WIDTHS_OF_32 = (96, 704, 256, 768, 2048)
@@ -319,7 +320,7 @@ def test_no_tokens():
 
 # Tokens, experts, slots, d_model and d_expert at least: all of them multiples of 16.
 FFN_SHAPES = ((1, 7, 2, 300, 200), (3, 5, 2, 96, 160), (17, 4, 2, 700, 90))
-FFN_SHAPES += ((100, 5, 3, 256, 300), (700, 3, 2, 96, 200))
+FFN_SHAPES += ((430, 40, 3, 256, 160), (2600, 40, 2, 96, 200))
 THREE_FORMATS = (("Q4_K", "Q4_K", "Q6_K"), ("Q4_0", "Q8_0", "MXFP4"), ("Q5_K", "Q3_K", "NVFP4"))
 
 

@@ -69,8 +69,11 @@ def test_ffn():
     assert f"tensor<{info.workspace_bytes}xui8>" in text
 
 
-def tiled_ffn(tokens: int, dtype=jnp.float16):
-    weight = oracle.packed("Q4_K", 4, 256, 256)[0].prepack()
+def tiled_ffn(tokens: int, dtype=jnp.float16, experts: int = 64):
+    weight = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((experts, *leaf.shape[1:]), leaf.dtype),
+        oracle.packed("Q4_K", 1, 256, 256)[0].prepack(),
+    )
     ids = jax.ShapeDtypeStruct((tokens, 2), jnp.int32)
     return (
         jax.ShapeDtypeStruct((tokens, 256), dtype),
@@ -81,17 +84,23 @@ def tiled_ffn(tokens: int, dtype=jnp.float16):
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="asks about a Hopper GPU")
 @pytest.mark.parametrize(
-    ("tokens", "kernel", "tile"),
+    ("tokens", "experts", "kernel", "tile"),
     [
-        (1, "cuda_tiled_mma", (16, 8)),
-        (12, "cuda_tiled_mma", (16, 8)),
-        (20, "cuda_tiled_wgmma", (128, 32)),
-        (80, "cuda_tiled_wgmma", (128, 64)),
-        (500, "cuda_tiled_wgmma", (256, 128)),
+        (1, 64, "cuda_tiled_mma", (16, 8)),
+        (192, 64, "cuda_tiled_mma", (16, 8)),
+        (320, 64, "cuda_tiled_wgmma", (128, 32)),
+        (1280, 64, "cuda_tiled_wgmma", (128, 64)),
+        (8000, 64, "cuda_tiled_wgmma", (256, 128)),
+        # Blocks of larger tiles would be few.
+        (500, 4, "cuda_tiled_wgmma", (128, 32)),
+        (1300, 4, "cuda_tiled_wgmma", (128, 64)),
+        (12000, 4, "cuda_tiled_wgmma", (256, 128)),
     ],
 )
-def test_tiled_weights_on_cuda(tokens, kernel, tile):
-    info = jax_moe.select_kernel("moe_ffn", *tiled_ffn(tokens), platform="cuda")
+def test_tiled_weights_on_cuda(tokens, experts, kernel, tile):
+    info = jax_moe.select_kernel(
+        "moe_ffn", *tiled_ffn(tokens, experts=experts), platform="cuda"
+    )
     assert (info.kernel, info.tile, info.architecture) == (kernel, tile, "sm_90a")
     assert info.error_bound == 1e-3 and info.deterministic
 

@@ -4,13 +4,15 @@
 
 #include <cstdint>
 
+#include "ffi/cuda/gemm.h"
+
 namespace jax_moe::cuda {
 
 // A tile is up to 8 pairs of one expert; an expert with more has several. Tiles are in the order of
 // their first pairs.
 class FewTiles {
  public:
-  static constexpr int kPairs = 32, kTokens = 8;
+  static constexpr int kPairs = kFewPairs, kTokens = 8;
 
   // Of each tile its first pair, its expert and, once Rank has been called, the pairs in earlier
   // tiles; of the tile at hand its pairs.
@@ -18,11 +20,14 @@ class FewTiles {
     int32_t first[kPairs], expert[kPairs], before[kPairs], pair[kTokens];
   };
 
-  // ids: [pairs], s32; an id that is no expert's is in no tile. table: this warp's.
-  __device__ __forceinline__ FewTiles(const int32_t* ids, int pairs, int experts, Table& table)
+  // ids: [pairs], s32; an id that is no expert's is in no tile. entries: [pairs], s32, the pair that
+  // each id is of, where the last of several decides; null: every pair's own. table: this warp's.
+  __device__ __forceinline__ FewTiles(const int32_t* ids, const int32_t* entries, int pairs,
+                                      int experts, Table& table)
       : table_(table) {
     const int lane = threadIdx.x % 32;
     int id = lane < pairs ? ids[lane] : -1;
+    if (entries != nullptr) id = OfLastEntry(id, lane < pairs ? entries[lane] : -1, pairs);
     if (id < 0 || id >= experts) id = -1 - lane;  // like no other
     same_ = __match_any_sync(0xffffffffu, id);
     const unsigned before = (1u << lane) - 1;
@@ -80,6 +85,17 @@ class FewTiles {
   __device__ __forceinline__ int Before(int tile) const { return table_.before[tile]; }
 
  private:
+  // Of pair lane, from the id and the pair of every lane's entry.
+  static __device__ __forceinline__ int OfLastEntry(int id, int pair, int pairs) {
+    int result = -1;
+    for (int i = 0; i < pairs; ++i) {
+      const int other_pair = __shfl_sync(0xffffffffu, pair, i);
+      const int other_id = __shfl_sync(0xffffffffu, id, i);
+      if (other_pair == static_cast<int>(threadIdx.x % 32)) result = other_id;
+    }
+    return result;
+  }
+
   Table& table_;
   unsigned same_, beginnings_;
   int rank_;

@@ -26,11 +26,6 @@ PreparedRows PrepareFor(const Ffn& ffn, const Weight& weight, Element type, int6
           ffn.variant == Variant::kScalarGguf};
 }
 
-// Whether tiles are found from the ids in the kernels themselves, and down and the sum are one.
-bool FewPairs(const Ffn& ffn) {
-  return ffn.pairs <= 32 && ffn.TiledTile() == plan::CudaTiledTile::kNarrow;
-}
-
 cudaError_t RunDown(const Ffn& ffn, const PreparedRows& h, cudaStream_t stream) {
   const Weight& down = ffn.down;
   const Activations prepared = ViewPrepared(h);
@@ -108,10 +103,8 @@ class Products {
     const TiledKernel& kernel = ChooseTiledKernel(up, ffn_.TiledTile());
     Lists lists = {};
     cudaError_t status;
-    if (FewPairs(ffn_)) {
-      lists.expert_ids = ffn_.expert_ids;
-      lists.experts = ffn_.experts;
-      lists.max_tiles = ffn_.pairs;
+    if (FewPairs(ffn_.pairs, ffn_.TiledTile())) {
+      lists = FewLists(ffn_.expert_ids, nullptr, ffn_.pairs, ffn_.experts);
       status = LaunchPrepare(ffn_.x, ffn_.type, x, stream_);
     } else {
       status = SortAndPrepare(kernel.tile_tokens, x);
@@ -269,7 +262,10 @@ cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream) {
   cudaError_t status;
   if (ffn.fuses) {
     status = products.RunActivated(gated && !ffn.merged ? &*ffn.gate : nullptr, up, x, h);
-    if (status == cudaSuccess && FewPairs(ffn)) return RunDown(ffn, h, stream);
+    // Down and the sum are one.
+    if (status == cudaSuccess && FewPairs(ffn.pairs, ffn.TiledTile())) {
+      return RunDown(ffn, h, stream);
+    }
   } else if (FusesDense(ffn, up)) {
     status = products.RunDenseActivated(ffn.gate ? &*ffn.gate : nullptr, up, x, h);
   } else {

@@ -23,14 +23,19 @@ struct TokenTile {
   int32_t unused;
 };
 
+// So many pairs are a warp's to sort.
+inline constexpr int kFewPairs = 32;
+
 // Who goes where, built on the device (dispatch.cu). The host knows upper bounds only.
 struct Lists {
   const int32_t* pairs;  // pair ids, ascending by expert
   const TokenTile* tiles;
   const int32_t* num_tiles;
   int64_t max_tiles;
-  // Tiled narrow kernels, up to 32 pairs: the ids in place of the above, and max_tiles of them.
+  // Tiled narrow kernels, up to kFewPairs: the ids in place of the above, max_tiles of them, and the
+  // pairs that they are of (null: each pair's own id).
   const int32_t* expert_ids = nullptr;
+  const int32_t* entries = nullptr;
   int32_t experts = 0;
 };
 

@@ -33,7 +33,7 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
   const int32_t experts = static_cast<int32_t>(weight.experts);
   const plan::CudaTile tile = plan::ChooseCudaTile(pairs, weight.experts);
   const plan::CudaTiledTile tiled_tile =
-      plan::ChooseCudaTiledTile(pairs, weight.experts, IsHopper());
+      plan::ChooseCudaTiledTile(pairs, weight.experts, weight.rows, IsHopper());
   const bool rounds = call.variant == Variant::kScalarGguf;
   const bool dense_wide = UsesDenseWide(weight, pairs);
   const Layout x_layout = weight.tiled
@@ -50,10 +50,11 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
                          ints(layout.offsets), tiles, ints(layout.num_tiles), tile_tokens,
                          dense_wide};
   cudaError_t status;
+  const bool few = weight.tiled && FewPairs(pairs, tiled_tile);
   if (pairs <= kPairsInOneLaunch) {
     status = LaunchPrepareGemm(
-        {call.sorted_token_ids, call.flat_expert_ids, call.y, weight.rows, y_type}, sort, call.x,
-        x_type, prepared, stream);
+        {call.sorted_token_ids, call.flat_expert_ids, call.y, weight.rows, y_type}, sort, !few,
+        call.x, x_type, prepared, stream);
   } else {
     status = LaunchPairExperts(call.sorted_token_ids, call.flat_expert_ids, pairs,
                                ints(layout.winners), ints(layout.expert_ids), stream);
@@ -65,8 +66,9 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
     if (status == cudaSuccess) status = LaunchPrepare(call.x, x_type, prepared, stream);
   }
   if (status != cudaSuccess) return CudaError(kOp, status);
-  const Lists lists = {ints(layout.pairs), tiles, ints(layout.num_tiles),
-                       MaxTiles(pairs, weight.experts, tile_tokens, dense_wide)};
+  const Lists lists = few ? FewLists(call.flat_expert_ids, call.sorted_token_ids, pairs, experts)
+                          : Lists{ints(layout.pairs), tiles, ints(layout.num_tiles),
+                                  MaxTiles(pairs, weight.experts, tile_tokens, dense_wide)};
   if (weight.tiled) {
     TiledArgs args = TiledProduct(weight, ViewPrepared(prepared), rows_are_pairs ? 1 : top_k, lists);
     args.pair_weight = call.topk_weights;

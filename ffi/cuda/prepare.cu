@@ -213,25 +213,26 @@ __device__ __forceinline__ void ZeroRowWithoutExpert(const PairArgs& args, int p
   }
 }
 
-// One block that sorts, then one a pair, then one a row.
+// A block that sorts, or none, then one a pair, then one a row.
 template <int kThreads, typename Rows>
 __global__ void __launch_bounds__(kThreads)
     PrepareGemm(const __grid_constant__ PairArgs pairs, const __grid_constant__ SortArgs sort,
-                const __grid_constant__ Rows rows, Activations to, Layout layout, int64_t columns,
-                bool rounds) {
+                int sort_blocks, const __grid_constant__ Rows rows, Activations to, Layout layout,
+                int64_t columns, bool rounds) {
   extern __shared__ int32_t counts[];
   WaitForEarlierKernels();
   LetNextKernelStart();
   const int number = static_cast<int>(sort.pairs);
-  if (blockIdx.x == 0) {
+  const int block = static_cast<int>(blockIdx.x) - sort_blocks;
+  if (block < 0) {
     __shared__ int32_t ids[kPairsInOneLaunch];
     if (threadIdx.x >= kSortThreads) return;
     FindPairExperts(pairs, number, ids);
     SortBlock(sort, ids, counts).Run();
-  } else if (blockIdx.x <= number) {
-    ZeroRowWithoutExpert(pairs, number, sort.experts, static_cast<int>(blockIdx.x) - 1);
+  } else if (block < number) {
+    ZeroRowWithoutExpert(pairs, number, sort.experts, block);
   } else {
-    PrepareRow<kThreads>(rows, to, layout, columns, rounds, blockIdx.x - 1 - number);
+    PrepareRow<kThreads>(rows, to, layout, columns, rounds, block - number);
   }
 }
 
@@ -284,13 +285,15 @@ cudaError_t LaunchPrepare(const void* x, Element x_type, const PreparedRows& to,
   });
 }
 
-cudaError_t LaunchPrepareGemm(const PairArgs& pairs, const SortArgs& sort, const void* x, Element x_type,
-                              const PreparedRows& to, cudaStream_t stream) {
+cudaError_t LaunchPrepareGemm(const PairArgs& pairs, const SortArgs& sort, bool sorts, const void* x,
+                              Element x_type, const PreparedRows& to, cudaStream_t stream) {
   return WithDenseRows(x, x_type, to, [&](auto rows, auto threads) {
     constexpr int kThreads = decltype(threads)::value;
-    const unsigned blocks = static_cast<unsigned>(1 + sort.pairs + to.rows);
-    return LaunchEarly(PrepareGemm<kThreads, decltype(rows)>, blocks, kThreads, SortSharedBytes(sort),
-                       stream, pairs, sort, rows, ViewPrepared(to), to.layout, to.columns, to.rounds);
+    const int sort_blocks = sorts ? 1 : 0;
+    return LaunchEarly(PrepareGemm<kThreads, decltype(rows)>,
+                       static_cast<unsigned>(sort_blocks + sort.pairs + to.rows), kThreads,
+                       sorts ? SortSharedBytes(sort) : 0, stream, pairs, sort, sort_blocks, rows,
+                       ViewPrepared(to), to.layout, to.columns, to.rounds);
   });
 }
 

@@ -65,12 +65,13 @@ struct PairArgs {
 };
 
 // So many pairs have what comes before their product in one launch.
-inline constexpr int64_t kPairsInOneLaunch = 256;
+inline constexpr int64_t kPairsInOneLaunch = 1024;
 
-// Finds the pairs' experts, sorts them (sort.expert_ids is not read), writes zeros to rows of y without an
-// expert, and prepares x, in one launch, for up to kPairsInOneLaunch pairs.
-cudaError_t LaunchPrepareGemm(const PairArgs& pairs, const SortArgs& sort, const void* x, Element x_type,
-                              const PreparedRows& to, cudaStream_t stream);
+// Finds the pairs' experts, sorts them (sort.expert_ids is not read) if the kernel that follows needs
+// that, writes zeros to rows of y without an expert, and prepares x, in one launch, for up to
+// kPairsInOneLaunch pairs.
+cudaError_t LaunchPrepareGemm(const PairArgs& pairs, const SortArgs& sort, bool sorts, const void* x,
+                              Element x_type, const PreparedRows& to, cudaStream_t stream);
 
 // The result of a projection of expert e is value * scale[e] + bias[e, column]; null: 1 and 0.
 struct Projection {

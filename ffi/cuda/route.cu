@@ -21,11 +21,10 @@ __device__ uint64_t SortKey(float score, int index) {
 __device__ int KeyIndex(uint64_t key) { return static_cast<int>(~static_cast<uint32_t>(key)); }
 
 __device__ uint64_t WarpMax(uint64_t key) {
-  for (int d = 16; d > 0; d /= 2) {
-    const uint64_t other = __shfl_xor_sync(kAll, key, d);
-    if (other > key) key = other;
-  }
-  return key;
+  const uint32_t high = static_cast<uint32_t>(key >> 32);
+  const uint32_t max = __reduce_max_sync(kAll, high);
+  const uint32_t low = high == max ? static_cast<uint32_t>(key) : 0;
+  return static_cast<uint64_t>(max) << 32 | __reduce_max_sync(kAll, low);
 }
 
 __device__ float WarpMax(float x) {
@@ -49,8 +48,8 @@ __device__ void Softmax(float* x, int n) {
     x[i] = expf(x[i] - max);
     sum += x[i];
   }
-  sum = WarpSum(sum);
-  for (int i = lane; i < n; i += 32) x[i] = static_cast<float>(x[i] / sum);
+  const double factor = 1 / WarpSum(sum);
+  for (int i = lane; i < n; i += 32) x[i] = static_cast<float>(x[i] * factor);
   __syncwarp();
 }
 
@@ -156,12 +155,15 @@ __global__ void Route(const __grid_constant__ RouteArgs args) {
     __syncwarp();
   }
   if (args.num_groups > 1) LimitGroups(args, scores, group_scores);
-  // The selected gate values go to the front of `scores` only after all have been selected.
+  int first_id = 0;  // of this lane's ranks; the others are read again
   TopK(scores, experts, args.top_k, [&](int rank, int index) {
-    if (lane == 0) ids[rank] = index;
+    if (rank % 32 != lane) return;
+    ids[rank] = index;
+    if (rank < 32) first_id = index;
   });
+  // The selected gate values go to the front of `scores` only after all have been selected.
   float* selected = scores;
-  for (int s = lane; s < args.top_k; s += 32) selected[s] = gates[ids[s]];
+  for (int s = lane; s < args.top_k; s += 32) selected[s] = gates[s < 32 ? first_id : ids[s]];
   __syncwarp();
   if (args.gating == Gating::kSoftmaxAfterTopk) Softmax(selected, args.top_k);
   float divisor = 1;

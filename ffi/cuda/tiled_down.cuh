@@ -47,7 +47,7 @@ class DownWarp {
         m_(memory),
         ring_(memory.warp[threadIdx.x / 32].ring, memory.warp[threadIdx.x / 32].full),
         table_(memory.warp[threadIdx.x / 32].tiles),
-        few_(args.expert_ids, args.tokens * args.top_k, args.experts, table_),
+        few_(args.expert_ids, nullptr, args.tokens * args.top_k, args.experts, table_),
         rank_(blockIdx.x % args.splits),
         warp_(threadIdx.x / 32 * args.splits + rank_),
         row0_(blockIdx.x / args.splits * Shape::kRows),

@@ -73,8 +73,9 @@ class NarrowWarp {
     // With the ids at hand, which are older than the kernel before this one, weights can be on
     // their way before that one has ended.
     const bool early = args_.lists.expert_ids != nullptr;
-    FewTiles few(args_.lists.expert_ids, early ? static_cast<int>(args_.lists.max_tiles) : 0,
-                 args_.lists.experts, m_.tiles[warp_]);
+    FewTiles few(args_.lists.expert_ids, args_.lists.entries,
+                 early ? static_cast<int>(args_.lists.max_tiles) : 0, args_.lists.experts,
+                 m_.tiles[warp_]);
     if (!early) WaitForEarlierKernels();
     items_ = (early ? few.Number() : *args_.lists.num_tiles) * bands_;
     schedule_ = NarrowSchedule::Choose(

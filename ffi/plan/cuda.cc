@@ -86,11 +86,18 @@ CudaTile FitCudaTile(CudaTile tile, int format, int64_t shared_limit) {
   return tile;
 }
 
-CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, bool hopper) {
+CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, bool hopper) {
+  constexpr double kFewBlocks = 80;  // Hopper has 132 multiprocessors
   const double mean =
       static_cast<double>(pairs) / static_cast<double>(std::max<int64_t>(experts, 1));
   if (!hopper || mean <= 6) return CudaTiledTile::kNarrow;
-  return mean <= 24 ? CudaTiledTile::k32 : mean <= 48 ? CudaTiledTile::k64 : CudaTiledTile::k128;
+  const auto few = [&](int64_t tokens, int64_t block_rows) {
+    const double bands = std::ceil(static_cast<double>(rows) / static_cast<double>(block_rows));
+    return static_cast<double>(experts) * std::ceil(mean / static_cast<double>(tokens)) * bands <
+           kFewBlocks;
+  };
+  if (mean > 48 && !few(128, 256)) return CudaTiledTile::k128;
+  return mean > 24 && !few(64, 128) ? CudaTiledTile::k64 : CudaTiledTile::k32;
 }
 
 bool UsesCudaDenseWide(int format, int64_t k, int64_t pairs, int64_t experts, bool hopper) {
@@ -160,11 +167,11 @@ Kernel CudaKernel(bool is_ffn, Variant variant, int format, bool packed, int x_t
   return kernel;
 }
 
-Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int64_t pairs,
-                       int64_t experts, int capability, int64_t workspace_bytes) {
+Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int64_t rows,
+                       int64_t pairs, int64_t experts, int capability, int64_t workspace_bytes) {
   Kernel kernel = Guarantees(is_ffn, variant, x_type, y_type, workspace_bytes);
   const bool hopper = capability / 10 == 9;
-  const CudaTiledTile tile = ChooseCudaTiledTile(pairs, experts, hopper);
+  const CudaTiledTile tile = ChooseCudaTiledTile(pairs, experts, rows, hopper);
   const bool narrow = tile == CudaTiledTile::kNarrow;
   const int tokens[] = {8, 32, 64, 128};
   kernel.name = narrow ? "cuda_tiled_mma" : "cuda_tiled_wgmma";

@@ -81,15 +81,16 @@ bool IsPacked(int format) {
 }
 
 nb::dict Describe(const std::string& platform, bool is_ffn, int variant, int format,
-                  const std::string& x_dtype, const std::string& y_dtype, int64_t k, int64_t pairs,
-                  int64_t experts, int capability, int64_t workspace_bytes) {
+                  const std::string& x_dtype, const std::string& y_dtype, int64_t rows, int64_t k,
+                  int64_t pairs, int64_t experts, int capability, int64_t workspace_bytes) {
   const Variant asked = static_cast<Variant>(variant);
   const int x = ElementType(x_dtype), y = ElementType(y_dtype);
   const plan::Kernel kernel =
       platform == "cpu"
           ? plan::CpuKernel(is_ffn, asked, IsPacked(format), x, y, workspace_bytes)
       : plan::IsTiled(format)
-          ? plan::CudaTiledKernel(is_ffn, asked, x, y, pairs, experts, capability, workspace_bytes)
+          ? plan::CudaTiledKernel(is_ffn, asked, x, y, rows, pairs, experts, capability,
+                                  workspace_bytes)
           : plan::CudaKernel(is_ffn, asked, format, IsPacked(format), x, y, k, pairs, experts,
                              capability, workspace_bytes);
   nb::dict info;
@@ -151,7 +152,8 @@ NB_MODULE(_native, m) {
     return plan::LayoutCudaFfn(p, tokens).bytes;
   });
   m.def("describe", &Describe, "platform"_a, "is_ffn"_a, "variant"_a, "format"_a, "x_dtype"_a,
-        "y_dtype"_a, "k"_a, "pairs"_a, "experts"_a, "capability"_a, "workspace_bytes"_a);
+        "y_dtype"_a, "rows"_a, "k"_a, "pairs"_a, "experts"_a, "capability"_a,
+        "workspace_bytes"_a);
 }
 
 }  // namespace jax_moe
