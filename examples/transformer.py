@@ -73,13 +73,14 @@ class Linear:
 class Layer:
     """The parameters of one layer; norms and sinks are float32.
 
+    The rows of `qkv`, one matrix after another, give queries, keys and values: a single matrix where
+    all three are packed alike, since a product with few tokens takes as long for few rows as for many.
+
     Qwen3-MoE has q_norm and k_norm; gpt-oss has sinks, biases, and a window in every other layer.
     """
 
     attention_norm: Array
-    q: Linear
-    k: Linear
-    v: Linear
+    qkv: list[Linear]
     o: Linear
     moe_norm: Array
     moe: jax_moe.MoEParams
@@ -144,9 +145,10 @@ def _layer(
     norm = partial(_rms_norm, eps=config.norm_eps)
 
     normed = norm(x, layer.attention_norm).astype(config.dtype)
-    q = layer.q(normed).reshape(-1, config.num_heads, config.head_dim)
-    k = layer.k(normed).reshape(-1, config.num_kv_heads, config.head_dim)
-    v = layer.v(normed).reshape(-1, config.num_kv_heads, config.head_dim)
+    heads = jnp.concatenate([linear(normed) for linear in layer.qkv], axis=-1)
+    heads = heads.reshape(x.shape[0], -1, config.head_dim)
+    first_key, first_value = config.num_heads, config.num_heads + config.num_kv_heads
+    q, k, v = jnp.split(heads, (first_key, first_value), axis=1)
     if layer.q_norm is not None:
         q = norm(q, layer.q_norm)
     if layer.k_norm is not None:

@@ -1,5 +1,7 @@
 """Reads a whole model from a GGUF file: shapes and rules from its keys, tensors by their names."""
 
+import dataclasses
+import itertools
 import sys
 from typing import Any
 
@@ -126,9 +128,7 @@ class _Reader:
         prefix = f"blk.{i}"
         return Layer(
             attention_norm=self.vector(f"{prefix}.attn_norm.weight"),
-            q=self.linear(f"{prefix}.attn_q"),
-            k=self.linear(f"{prefix}.attn_k"),
-            v=self.linear(f"{prefix}.attn_v"),
+            qkv=self.joined(*(f"{prefix}.attn_{which}" for which in "qkv")),
             o=self.linear(f"{prefix}.attn_output"),
             moe_norm=self.vector(f"{prefix}.{MOE_NORM[self.file.architecture]}.weight"),
             moe=moe,
@@ -150,6 +150,17 @@ class _Reader:
             weight = weight[None]
         return Linear(weight, self.optional(f"{name}.bias"))
 
+    def joined(self, *names: str) -> list[Linear]:
+        """The rows of several matrices, those that follow each other in one format as one matrix."""
+        parts = [self.linear(name, prepack=False) for name in names]
+        result = []
+        for _, same in itertools.groupby(parts, _kind):
+            part = jax.tree.map(_rows_of_all, *same)
+            if self.prepack and isinstance(part.weight, jax_moe.PackedExperts):
+                part = dataclasses.replace(part, weight=part.weight.prepack(donate=True))
+            result.append(part)
+        return result
+
     def optional(self, name: str) -> jax.Array | None:
         return self.vector(name) if name in self.file.tensors else None
 
@@ -159,3 +170,14 @@ class _Reader:
         if isinstance(tensor, jax_moe.PackedExperts):
             raise ValueError(f"{self.file.path}: tensor {name!r} is packed.")
         return tensor.astype(jnp.float32)
+
+
+def _kind(linear: Linear) -> tuple[Any, ...]:
+    """What is the same in matrices that can be one: the format, and whether there is a bias."""
+    leaves, structure = jax.tree.flatten(linear)
+    return structure, *(leaf.dtype for leaf in leaves)
+
+
+def _rows_of_all(*leaves: jax.Array) -> jax.Array:
+    """Weights `[1, N, ...]` or biases `[N]`, one after another along N."""
+    return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=min(1, leaves[0].ndim - 1))

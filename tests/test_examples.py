@@ -279,9 +279,26 @@ def test_what_is_prepacked(tmp_path):
     model = load_transformer(jax_moe.GGUFFile(path), prepack=True)
     (layer,) = model.layers
     assert model.embedding.weight.layout is None
-    for linear in (layer.q, layer.k, layer.v, layer.o, model.output):
+    for linear in (*layer.qkv, layer.o, model.output):
         assert linear.weight.layout == "tiled"
     assert layer.moe.experts.gate.layout == layer.moe.experts.down.layout == "tiled"
+
+
+def test_queries_keys_and_values_of_one_format_are_one_matrix(tmp_path):
+    path = tmp_path / "random.gguf"
+    make_random_gguf.write_model(path, make_random_gguf.MODELS["qwen3-tiny"])
+    file = jax_moe.GGUFFile(path)
+    kinds = set()
+    for prepack in (False, True):
+        for i, layer in enumerate(load_transformer(file, prepack=prepack).layers):
+            parts = [file.load_tensor(f"blk.{i}.attn_{which}.weight") for which in "qkv"]
+            formats = [part.format for part in parts]
+            assert [linear.weight.format for linear in layer.qkv] == list(dict.fromkeys(formats))
+            rows = [np.asarray(linear.weight.dequantize()[0]) for linear in layer.qkv]
+            expected = [np.asarray(part.dequantize()[0]) for part in parts]
+            np.testing.assert_array_equal(np.concatenate(rows), np.concatenate(expected))
+            kinds.add(len(rows))
+    assert kinds == {1, 2}
 
 
 def test_generate_prints_a_text(tmp_path, capsys, tokenizer_class):
