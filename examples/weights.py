@@ -180,4 +180,6 @@ def _kind(linear: Linear) -> tuple[Any, ...]:
 
 def _rows_of_all(*leaves: jax.Array) -> jax.Array:
     """Weights `[1, N, ...]` or biases `[N]`, one after another along N."""
-    return leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=min(1, leaves[0].ndim - 1))
+    return (
+        leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=min(1, leaves[0].ndim - 1))
+    )

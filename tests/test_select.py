@@ -98,9 +98,7 @@ def tiled_ffn(tokens: int, dtype=jnp.float16, experts: int = 64):
     ],
 )
 def test_tiled_weights_on_cuda(tokens, experts, kernel, tile):
-    info = jax_moe.select_kernel(
-        "moe_ffn", *tiled_ffn(tokens, experts=experts), platform="cuda"
-    )
+    info = jax_moe.select_kernel("moe_ffn", *tiled_ffn(tokens, experts=experts), platform="cuda")
     assert (info.kernel, info.tile, info.architecture) == (kernel, tile, "sm_90a")
     assert info.error_bound == 1e-3 and info.deterministic
 
