@@ -73,8 +73,8 @@ class Linear:
 class Layer:
     """The parameters of one layer; norms and sinks are float32.
 
-    The rows of `qkv`, one matrix after another, give queries, keys and values: a single matrix where
-    all three are packed alike, since a product with few tokens takes as long for few rows as for many.
+    The rows of `qkv`, one matrix after another, give queries, keys and values: a single matrix
+    where all are packed alike, since few tokens take as long with few rows as with many.
 
     Qwen3-MoE has q_norm and k_norm; gpt-oss has sinks, biases, and a window in every other layer.
     """
