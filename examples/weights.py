@@ -151,7 +151,7 @@ class _Reader:
         return Linear(weight, self.optional(f"{name}.bias"))
 
     def joined(self, *names: str) -> list[Linear]:
-        """The rows of several matrices, those that follow each other in one format as one matrix."""
+        """Matrices one after another; neighbours of one format are one, with the rows of both."""
         parts = [self.linear(name, prepack=False) for name in names]
         result = []
         for _, same in itertools.groupby(parts, _kind):
@@ -180,6 +180,6 @@ def _kind(linear: Linear) -> tuple[Any, ...]:
 
 def _rows_of_all(*leaves: jax.Array) -> jax.Array:
     """Weights `[1, N, ...]` or biases `[N]`, one after another along N."""
-    return (
-        leaves[0] if len(leaves) == 1 else jnp.concatenate(leaves, axis=min(1, leaves[0].ndim - 1))
-    )
+    if len(leaves) == 1:
+        return leaves[0]
+    return jnp.concatenate(leaves, axis=min(1, leaves[0].ndim - 1))

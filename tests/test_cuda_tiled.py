@@ -18,8 +18,8 @@ from jax_moe._formats import FORMATS
 pytestmark = pytest.mark.gpu
 
 INT32 = np.iinfo(np.int32)
-# Tokens, experts, slots, rows: by the mean number of pairs an expert, and enough blocks for the tiles
-# of 64 and 128 tokens, they reach every kernel.
+# Tokens, experts, slots, rows: by the mean number of pairs an expert, and by blocks enough for
+# tiles of 64 and 128 tokens, they reach every kernel.
 SHAPES = ((1, 5, 2, 48), (3, 7, 2, 16), (17, 4, 2, 208), (640, 40, 2, 208), (1400, 20, 2, 272))
 TOKENS = tuple(shape[0] for shape in SHAPES)
 WIDTHS_OF_256 = (256, 768, 2048)
