@@ -21,6 +21,10 @@ class FewTiles {
   // ids: [pairs], s32; an id that is no expert's is in no tile. table: this warp's.
   __device__ __forceinline__ FewTiles(const int32_t* ids, int pairs, int experts, Table& table)
       : table_(table) {
+    if (pairs == 0) {
+      same_ = beginnings_ = 0, rank_ = 0, valid_ = false;
+      return;
+    }
     const int lane = threadIdx.x % 32;
     int id = lane < pairs ? ids[lane] : -1;
     if (id < 0 || id >= experts) id = -1 - lane;  // like no other

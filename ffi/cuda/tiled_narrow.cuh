@@ -1,12 +1,13 @@
 // Tiled weights times up to 8 tokens of an expert: bound by the bytes of the weights.
 //
 // A persistent grid. An item is a tile of tokens and a band of 16 rows, of gate and up both where
-// both are there. A team of 1, 2, 4 or 8 warps has an item, each warp every 1st, 2nd, ... 256
-// columns of it. Items go out in rounds to teams of one size, and those that are left over to
-// larger teams, so that the last round is short (NarrowSchedule). A warp streams the bytes of its
-// items, one after another, through a ring in shared memory of its own, several hundred cycles
-// ahead, and decodes them straight into tensor-core operands. Warps wait for their team only, once
-// an item, to add their sums in warp order.
+// both are there; with many items of few columns it is two bands of one matrix. A team of 1, 2, 4
+// or 8 warps has an item, each warp every 1st, 2nd, ... 256 columns of it. Items go out in rounds
+// to teams of one size, and those that are left over to larger teams, so that the last round is
+// short (NarrowSchedule). A warp streams the bytes of its items, one after another, through a ring
+// in shared memory of its own, several hundred cycles ahead, and decodes them straight into
+// tensor-core operands. Warps wait for their team only, once an item, to add their sums in warp
+// order.
 #pragma once
 
 #include <climits>
@@ -25,10 +26,10 @@ struct NarrowSchedule {
   int whole, log_splits, rest_log_splits;
 
   // The schedule that takes least, by a whole warp: a round takes the steps of 256 columns of a
-  // warp of its teams, and about a step and a half for what an item costs besides.
+  // warp of its teams, and about two steps for what an item costs besides.
   static __device__ __forceinline__ NarrowSchedule Choose(unsigned items, unsigned warps, int steps,
                                                           int matrices) {
-    constexpr unsigned kMostLogSplits = 3, kItemQuarters = 6;
+    constexpr unsigned kMostLogSplits = 3, kItemQuarters = 9;
     const unsigned lane = threadIdx.x % 32, first = lane / 4 % 4, rest = lane % 4;
     const auto round = [&](unsigned log_splits) {
       return 4 * matrices * ((steps + (1 << log_splits) - 1) >> log_splits) + kItemQuarters;
@@ -48,8 +49,8 @@ struct NarrowSchedule {
 };
 
 // One warp's part of an item: every 2^log_splits-th step of the band of a tile of `count` tokens,
-// from step `split` on. A warp's two, the one at hand and the next one, are in shared memory, for the
-// loop over the steps needs nearly all registers.
+// from step `split` on. A warp's two, the one at hand and the next one, are in shared memory, for
+// the loop over the steps needs nearly all registers.
 struct NarrowShare {
   int expert, count, band, log_splits, split;
 };
@@ -87,6 +88,7 @@ class NarrowWarp {
  public:
   using Shape = TiledNarrowShape<Format>;
   using Memory = NarrowMemory<Format>;
+  static constexpr int kStepsOfTwo = 16;  // with more steps bands go out singly
 
   __device__ __forceinline__ NarrowWarp(const TiledArgs& args, Memory& memory)
       : args_(args),
@@ -94,11 +96,8 @@ class NarrowWarp {
         ring_(memory.ring[threadIdx.x / 32], memory.full[threadIdx.x / 32]),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
-        matrices_(args.activate && args.gated ? 2 : 1),
         first_matrix_(args.activate && !args.gated ? 1 : 0),
-        bands_(args.rows / Shape::kRows),
         steps_((args.columns + Shape::kStep - 1) / Shape::kStep),
-        by_bands_(bands_),
         by_pairs_a_row_(args.pairs_a_row),
         x_(args.columns) {}
 
@@ -110,8 +109,15 @@ class NarrowWarp {
     FewTiles few(args_.lists.expert_ids, early ? static_cast<int>(args_.lists.max_tiles) : 0,
                  args_.lists.experts, m_.tiles[warp_]);
     if (!early) WaitForEarlierKernels();
-    items_ = (early ? few.Number() : *args_.lists.num_tiles) * bands_;
-    schedule_ = NarrowSchedule::Choose(items_, Warps(), steps_, matrices_);
+    const int tiles = early ? few.Number() : *args_.lists.num_tiles;
+    bands_ = args_.rows / Shape::kRows;
+    two_bands_ = !args_.activate && bands_ % 2 == 0 && steps_ <= kStepsOfTwo &&
+                 tiles * bands_ >= 2 * Warps();
+    if (two_bands_) bands_ /= 2;
+    parts_ = two_bands_ || (args_.activate && args_.gated) ? 2 : 1;
+    by_bands_ = Divisor(bands_);
+    items_ = tiles * bands_;
+    schedule_ = NarrowSchedule::Choose(items_, Warps(), steps_, parts_);
     in_rest_ = schedule_.whole == 0;
     item_ = in_rest_ ? FirstOfRest() : GridWarp() >> schedule_.log_splits;
     bool more = item_ < items_;
@@ -121,21 +127,22 @@ class NarrowWarp {
       FetchAhead();
     }
     if (early) WaitForEarlierKernels();
-    if (!more) return;
-    x_.MoveTo(RowOfX());
-    x_.Load(Next().split * Shape::kStep);
-    while (more) {
+    for (bool first = true;; first = false) {
+      // The next share's first activations come while this one's results are stored. What that
+      // takes from memory is used before, else it would be waited for with them.
+      if (!first) SetFactors();
+      if (more) {
+        x_.MoveTo(RowOfX());
+        x_.Load(Next().split * Shape::kStep);
+      }
+      if (!first) Finish();
+      if (!more) return;
       pair_ = next_pair_;
       current_ ^= 1;
       more = item_ < items_;
-      if (more) {
-        TakeShare(few);
-      } else {
-        CopyShare();
-      }
+      if (more) TakeShare(few);
       FetchAhead();
       Multiply();
-      Finish();
     }
   }
 
@@ -181,45 +188,46 @@ class NarrowWarp {
       expert = few.Expert(index);
       count = few.Take(index);
       next_pair_ = lane_ / 4 < count ? m_.tiles[warp_].pair[lane_ / 4] : -1;
+      __syncwarp();  // the next Take writes pairs
     } else {
       expert = listed_.expert;
       count = listed_.count;
       next_pair_ = lane_ / 4 < count ? args_.lists.pairs[listed_.begin + lane_ / 4] : -1;
     }
     const int log_splits = LogSplits();
+    // Every lane writes, and so need not wait for another one.
     m_.shares[warp_][current_ ^ 1] = {expert, count, item_ - index * bands_, log_splits,
                                       warp_ & ((1 << log_splits) - 1)};
-    __syncwarp();
     has_next_ = true;
     Advance();
     LoadTile();
   }
-  // There is no other.
-  __device__ __forceinline__ void CopyShare() {
-    m_.shares[warp_][current_ ^ 1] = Current();
-    __syncwarp();
+
+  __device__ __forceinline__ int FirstRow(const NarrowShare& share) const {
+    return (two_bands_ ? 2 * share.band : share.band) * Shape::kRows;
   }
 
   // Moves on to the next band to fetch, of this share or the next one; false where there is none
   // yet.
   __device__ __forceinline__ bool NextBand() {
-    if (fetch_matrix_ + 1 < matrices_) {
-      ++fetch_matrix_;
+    if (fetch_part_ + 1 < parts_) {
+      ++fetch_part_;
     } else if (has_next_) {
       has_next_ = false;
-      fetch_matrix_ = 0;
+      fetch_part_ = 0;
       fetch_share_ ^= 1;
     } else {
       return false;
     }
-    const TiledMatrix& matrix = args_.matrix[first_matrix_ + fetch_matrix_];
+    const TiledMatrix& matrix = args_.matrix[two_bands_ ? 0 : first_matrix_ + fetch_part_];
     const NarrowShare& share = m_.shares[warp_][fetch_share_];
-    fetch_from_ = matrix.data + share.expert * matrix.expert_bytes +
-                  share.band * Shape::kRows * args_.row_bytes + share.split * Shape::kStageBytes;
+    const int row = FirstRow(share) + (two_bands_ ? Shape::kRows * fetch_part_ : 0);
+    fetch_from_ = matrix.data + share.expert * matrix.expert_bytes + row * args_.row_bytes +
+                  share.split * Shape::kStageBytes;
     fetch_step_ = share.split;
     fetch_log_splits_ = share.log_splits;
-    const int64_t row = share.expert * matrix.expert_rows + share.band * Shape::kRows;
-    ring_.Fetch(fetch_from_, StepBytes(), matrix.aux + row * 2);
+    ring_.Fetch(fetch_from_, StepBytes(),
+                matrix.aux + (share.expert * matrix.expert_rows + row) * 2);
     return true;
   }
 
@@ -251,13 +259,12 @@ class NarrowWarp {
     return static_cast<const half*>(args_.x.values) + row * args_.x.pitch;
   }
 
-  // At the end the first activations of the next share, if there is one, are loaded.
   __device__ __forceinline__ void Multiply() {
     if (pair_ >= 0) known_.Load(args_, Current().expert, pair_);
     const int begin = Current().split * Shape::kStep;
     const int stride = Shape::kStep << Current().log_splits;
 #pragma unroll 1
-    for (int m = 0; m < matrices_; ++m) {
+    for (int m = 0; m < parts_; ++m) {
       BandSums sums;
       sums.Begin(ring_.Front().aux);
       int column = begin;
@@ -266,16 +273,7 @@ class NarrowWarp {
       do {
         int next_column = column + stride;
         last = next_column >= args_.columns;
-        if (last) {
-          next_column = begin;
-          if (m == matrices_ - 1) {
-            // What comes from memory for the end of the item is used before the next one's
-            // activations are on their way, which would be waited for, too.
-            SetFactors();
-            x_.MoveTo(RowOfX());
-            next_column = Next().split * Shape::kStep;
-          }
-        }
+        if (last) next_column = m == parts_ - 1 ? -1 : begin;
         MultiplyStep<Format>(ring_, x_, false, column, next_column, args_.columns, sums);
         FetchStep();
         column = next_column;
@@ -319,10 +317,12 @@ class NarrowWarp {
 
   // A lane has one row of every token whose turn it is: its team's lanes share the tile.
   __device__ __forceinline__ void Store(const NarrowShare& share) const {
-    const int n = share.band * Shape::kRows + lane_ % Shape::kRows;
+    const int n = FirstRow(share) + lane_ % Shape::kRows;
     if (!args_.activate) {
-      ForEachToken(share, [&](int pair, float first, float, float) {
-        cuda::Store(args_.y, pair * args_.y_pitch + n, args_.y_type, first);
+      ForEachToken(share, [&](int pair, float first, float second, float) {
+        const int64_t at = pair * args_.y_pitch + n;
+        cuda::Store(args_.y, at, args_.y_type, first);
+        if (two_bands_) cuda::Store(args_.y, at + Shape::kRows, args_.y_type, second);
       });
       return;
     }
@@ -330,14 +330,14 @@ class NarrowWarp {
     half* y = static_cast<half*>(args_.y) + n / 128 * 128 + NarrowPlace(n % 128);
     WithActivation(args_.activation, [&](auto activation) {
       ForEachToken(share, [&](int pair, float first, float second, float pair_h_factor) {
-                     const float h = finish.Activate<decltype(activation)::value>(
-                         args_, first, matrices_ == 2 ? second : first);
-                     y[pair * args_.y_pitch] = __float2half_rn(h * pair_h_factor);
-                   });
+        const float h = finish.Activate<decltype(activation)::value>(
+            args_, first, parts_ == 2 ? second : first);
+        y[pair * args_.y_pitch] = __float2half_rn(h * pair_h_factor);
+      });
     });
   }
 
-  // f(pair, sum of the first matrix, of the second, factor of h).
+  // f(pair, sum of the first part, of the second, factor of h).
   template <typename F>
   __device__ __forceinline__ void ForEachToken(const NarrowShare& share, F f) const {
     const int row = lane_ % Shape::kRows, splits = 1 << share.log_splits;
@@ -352,7 +352,7 @@ class NarrowWarp {
       float first = 0, second = 0;
       for (int s = 0; s < splits; ++s) {
         first += m_.sums[first_warp + s][0][token][row];
-        if (matrices_ == 2) second += m_.sums[first_warp + s][1][token][row];
+        if (parts_ == 2) second += m_.sums[first_warp + s][1][token][row];
       }
       f(pair, first * pair_factor, second * pair_factor, pair_h_factor);
     }
@@ -361,8 +361,13 @@ class NarrowWarp {
   const TiledArgs& args_;
   Memory& m_;
   WarpRing<Format> ring_;
-  const int warp_, lane_, matrices_, first_matrix_, bands_, steps_;
-  const Divisor by_bands_, by_pairs_a_row_;
+  const int warp_, lane_, first_matrix_, steps_;
+  const Divisor by_pairs_a_row_;
+  // An item's bands: two where there are many items, for what it costs besides its steps, else one;
+  // its parts: bands, or one of gate and one of up. bands_: items of a tile.
+  bool two_bands_ = false;
+  int bands_ = 0, parts_ = 1;
+  Divisor by_bands_ = Divisor(1);
   NarrowSchedule schedule_ = {};
   int items_ = 0, item_ = 0;  // all of them; the one of the share that is taken next
   bool in_rest_ = false;
@@ -375,7 +380,7 @@ class NarrowWarp {
   // The step that is fetched next: the first band is yet to be begun. has_next_: there is another
   // share than the one that is fetched.
   const uint8_t* fetch_from_ = nullptr;
-  int fetch_step_ = INT_MAX, fetch_log_splits_ = 0, fetch_matrix_ = 1, fetch_share_ = 1;
+  int fetch_step_ = INT_MAX, fetch_log_splits_ = 0, fetch_part_ = 1, fetch_share_ = 1;
   bool has_next_ = false;
 };
 

@@ -1,10 +1,10 @@
 // What lies in which plane of an atom of a tiled format, and how a group's scale is made of it.
 //
-// kChunks of an atom; kCentre: about what the offset takes from fields, in scales; kScaleWords: what Load
-// fills besides the fields; Scale: the group's scale and, with an offset, its offset, in float32, both
-// times `unit`, and the offset times 2^-24; where fields leave shifts out, IsNegative: the sign of a
-// shift, which are plus or minus a scale. What rows share is computed in the same way for both chunks
-// and all groups, so that the compiler does it once.
+// kChunks of an atom; kCentre: about what the offset takes from fields, in scales; kScaleWords: what
+// Load fills besides the fields; Scale: the group's scale times `unit` and, with an offset, its
+// offset times `offset_unit`, powers of two both, in float32; where fields leave shifts out,
+// IsNegative: the sign of a shift, which are plus or minus a scale. What rows share is computed in the
+// same way for both chunks and all groups, so that the compiler does it once.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -75,7 +75,8 @@ template <int kAtomChunks>
 struct HalfScaled {
   static constexpr int kChunks = kAtomChunks, kScaleWords = 1, kCentre = 0;
   using Place = TiledPlace<kChunks>;
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int, float unit) {
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int,
+                                                 float unit = 1.0f, float = 1.0f) {
     return {HalfBits(s[0]) * unit, 0.0f};
   }
 };
@@ -85,9 +86,10 @@ template <int kCentreValue>
 struct HalfScaledWithMinimum {
   static constexpr int kChunks = 1, kScaleWords = 1, kCentre = kCentreValue;
   using Place = TiledPlace<kChunks>;
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int, float unit) {
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int,
+                                                 float unit = 1.0f, float offset_unit = 1.0f) {
     const float2 d = __half22float2(Halves(s[0]));
-    return {d.x * unit, d.y * (unit * 0x1p-24f)};
+    return {d.x * unit, d.y * offset_unit};
   }
 };
 
@@ -154,7 +156,8 @@ struct TiledUnit<MXFP4> {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     s[0] = atom[at.Unit(16, 1)];
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int, float unit) {
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int,
+                                                 float unit = 1.0f, float = 1.0f) {
     const uint8_t block[1] = {static_cast<uint8_t>(s[0])};
     return {MXFP4::Group(block, 0).scale * unit, 0.0f};
   }
@@ -169,7 +172,7 @@ struct TiledUnit<NVFP4> {
     s[0] = LoadHalf(atom + at.Unit(16, 2));
   }
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group,
-                                                 float unit) {
+                                                 float unit = 1.0f, float = 1.0f) {
     // NVFP4::Group without its branches: E4M3's exponent and mantissa at f16's, whose bias is
     // larger by 8. Half of the value again.
     const uint32_t code = s[0] >> 8 * group & 0xff;
@@ -185,17 +188,19 @@ struct SixBitScaled {
   using Place = TiledPlace<kChunks>;
   // row: the plane's 16 bytes. A lane's 24 bits, those of both chunks, are 3 bytes of the three words
   // that follow d and dmin.
-  static __device__ __forceinline__ void LoadScale(const uint8_t* row, const Place& at, uint32_t* s) {
+  static __device__ __forceinline__ void LoadScale(const uint8_t* row, const Place& at,
+                                                   uint32_t* s) {
     const auto* words = reinterpret_cast<const uint32_t*>(row);
     const int first = 1 + 24 * at.unit / 32;
     s[0] = words[0];
     s[1] = words[first];
     s[2] = words[min(first + 1, 3)];
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int, float unit) {
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
+                                                 float unit = 1.0f, float offset_unit = 1.0f) {
     const float2 d = __half22float2(Halves(s[0]));
     const uint32_t bits = __funnelshift_r(s[1], s[2], 24 * at.unit) >> 12 * at.chunk;
-    return {Times(bits & 63, d.x * unit), -Times(bits >> 6 & 63, d.y * (unit * 0x1p-24f))};
+    return {Times(bits & 63, d.x * unit), -Times(bits >> 6 & 63, d.y * offset_unit)};
   }
 };
 
@@ -227,7 +232,7 @@ struct TiledUnit<Q6_K> {
     s[1] = LoadHalf(atom + at.Row(26, 0, 2));
   }
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group,
-                                                 float unit) {
+                                                 float unit = 1.0f, float = 1.0f) {
     // Two's complement bytes, read as x + 128.
     const uint32_t byte = __byte_perm(s[0] ^ 0x8080u, 0, 0x4440 | group);
     return {TimesLess(byte, 128, HalfBits(s[1]) * unit), 0.0f};
@@ -249,7 +254,7 @@ struct TiledUnit<Q3_K> {
     s[2] = LoadHalf(atom + at.Row(12, 12, 2));
   }
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int group,
-                                                 float unit) {
+                                                 float unit = 1.0f, float = 1.0f) {
     const uint32_t bits = __funnelshift_r(s[0], s[1], 24 * at.unit) >> 12 * at.chunk;
     return {TimesLess(bits >> 6 * group & 63, 32, HalfBits(s[2]) * unit), 0.0f};
   }
@@ -265,10 +270,10 @@ struct TiledUnit<Q2_K> {
     LoadWords<1>(atom + at.Row(10, 0, 4), s + 1);
   }
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group,
-                                                 float unit) {
+                                                 float unit = 1.0f, float offset_unit = 1.0f) {
     const float2 d = __half22float2(Halves(s[1]));
     const uint32_t bits = s[0] >> 8 * group;
-    return {Times(bits & 15, d.x * unit), -Times(bits & 0xf0, d.y * (unit * 0x1p-28f))};
+    return {Times(bits & 15, d.x * unit), -Times(bits & 0xf0, d.y * (offset_unit * 0x1p-4f))};
   }
 };
 
@@ -280,7 +285,8 @@ struct TiledUnit<IQ4_XS> {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<2>(atom + at.Row(16, 0, 8), s);
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int, float unit) {
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
+                                                 float unit = 1.0f, float = 1.0f) {
     // Of the 48 bits that follow the 16 of d, a lane's 12 are those of both chunks.
     const uint32_t bits = __funnelshift_r(at.unit < 2 ? s[0] : s[1], s[1], 16 + 12 * at.unit);
     return {TimesLess(bits >> 6 * at.chunk & 63, 32, HalfBits(s[0] & 0xffffu) * unit), 0.0f};
@@ -339,7 +345,8 @@ struct TiledUnit<IQ1_S> : FourBitScaled<8> {
     LoadScales(atom, at, s);
   }
   // Fields are eight times the values of the code words.
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int, float unit) {
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
+                                                 float unit = 1.0f, float = 1.0f) {
     return {Times(Odd(s, at) & 15, HalfBits(s[1]) * (unit * 0.125f)), 0.0f};
   }
   static __device__ __forceinline__ bool IsNegative(const uint32_t* s, const Place& at, int) {
@@ -361,7 +368,7 @@ struct TiledUnit<IQ1_M> {
     return __funnelshift_r(late ? s[1] : s[0], late ? s[2] : s[1], 20 * at.unit) >> 10 * at.chunk;
   }
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int group,
-                                                 float unit) {
+                                                 float unit = 1.0f, float = 1.0f) {
     const uint32_t scale = TenBits(s, at) >> 3 * group & 7;
     return {Times(2 * scale + 1, HalfBits(s[2] >> 16) * (unit * 0.125f)), 0.0f};
   }
@@ -378,7 +385,8 @@ struct TiledUnit<IQ2_XXS> : FourBitScaled<12> {
     LoadWords<1>(atom + at.Unit(8, 4), q + 2);
     LoadScales(atom, at, s);
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int, float unit) {
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
+                                                 float unit = 1.0f, float = 1.0f) {
     return {Times(Odd(s, at) & 31, HalfBits(s[1]) * (unit * 0.125f)), 0.0f};
   }
 };
@@ -394,7 +402,7 @@ struct TwoScaleIq2 {
     s[1] = LoadHalf(atom + at.Row(13, 0, 2));
   }
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group,
-                                                 float unit) {
+                                                 float unit = 1.0f, float = 1.0f) {
     // A quarter of x + 1/2.
     const uint32_t odd = s[0] << 1 >> 4 * group & 30 | 1;
     return {Times(odd, HalfBits(s[1]) * (unit * 0.125f)), 0.0f};
@@ -412,7 +420,8 @@ struct TiledUnit<IQ3_XXS> : FourBitScaled<16> {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadScales(atom, at, s);
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int, float unit) {
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
+                                                 float unit = 1.0f, float = 1.0f) {
     return {Times(Odd(s, at) & 31, HalfBits(s[1]) * (unit * 0.25f)), 0.0f};
   }
 };
@@ -424,7 +433,8 @@ struct TiledUnit<IQ3_S> : FourBitScaled<16> {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadScales(atom, at, s);
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int, float unit) {
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
+                                                 float unit = 1.0f, float = 1.0f) {
     return {Times(Odd(s, at) & 31, HalfBits(s[1]) * unit), 0.0f};
   }
   static __device__ __forceinline__ bool IsNegative(const uint32_t*, const Place&, int) {

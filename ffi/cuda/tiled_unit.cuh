@@ -37,12 +37,13 @@ class LaneUnit {
     }
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      const Affine affine = Tiled::Scale(s, at, group, normaliser * kFieldUnit);
+      const Affine affine =
+          Tiled::Scale(s, at, group, normaliser * kFieldUnit, normaliser * 0x1p-24f);
       half2 scale = BothHalves(affine.scale);
       if constexpr (Format::kHasOffset) {
         // Fields less kCentre: what is left of the offset is small, and so is what rounding takes
         // from it.
-        static_assert(Fields::kExponent == -24);
+        static_assert(Fields::kExponent == -24);  // kFieldUnit is 1
         offset_[group] =
             BothHalves(fmaf(affine.scale, Tiled::kCentre * 0x1p-24f, affine.offset));
       } else if constexpr (Fields::kShifts > 0) {
