@@ -167,7 +167,12 @@ struct Fields1 {
   static constexpr int kPosition = 0;
   template <int i>
   static JM_HD uint32_t Pair(const uint32_t* q) {
-    return (q[0] << (15 - i) & 0x80008000u) ^ 0xbc00bc00u;
+    return Signed<i>(q, 0x3c003c00u);
+  }
+  // In place of a product by a scale: the scale, or where the bit is 0 less than zero.
+  template <int i>
+  static JM_HD uint32_t Signed(const uint32_t* q, uint32_t scale) {
+    return (q[0] << (15 - i) & 0x80008000u) ^ (scale ^ 0x80008000u);
   }
 };
 

@@ -25,6 +25,10 @@ class FewTiles {
   __device__ __forceinline__ FewTiles(const int32_t* ids, const int32_t* entries, int pairs,
                                       int experts, Table& table)
       : table_(table) {
+    if (pairs == 0) {
+      same_ = beginnings_ = 0, rank_ = 0, valid_ = false;
+      return;
+    }
     const int lane = threadIdx.x % 32;
     int id = lane < pairs ? ids[lane] : -1;
     if (entries != nullptr) id = OfLastEntry(id, lane < pairs ? entries[lane] : -1, pairs);

@@ -62,6 +62,20 @@ __device__ __forceinline__ void ArriveExpectBytes(uint64_t* barrier, uint32_t by
                : "memory");
 }
 
+// One lane of a warp whose lanes are all here. The compiler then knows that a bulk copy is one
+// thread's.
+__device__ __forceinline__ bool ElectLane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred elected;\n"
+      "elect.sync _|elected, 0xffffffff;\n"
+      "selp.u32 %0, 1, 0, elected;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // Waits for the end of the barrier's phase of this parity.
 __device__ __forceinline__ void WaitBarrier(uint64_t* barrier, uint32_t parity) {
   asm volatile(

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "ffi/cuda/cluster.cuh"
+#include "ffi/cuda/few_tiles.cuh"
 #include "ffi/cuda/tiled_epilogue.cuh"
 #include "ffi/cuda/tiled_step.cuh"
 #include "ffi/cuda/warp_ring.cuh"

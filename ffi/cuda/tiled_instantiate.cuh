@@ -26,7 +26,7 @@ const TiledKernels& Tiled() {
   using Down = TiledDownShape<Format>;
   static const TiledKernels kernels = {
       {reinterpret_cast<const void*>(&TiledNarrow<Format>), 32 * Narrow::kWarps, Narrow::kTokens,
-       Narrow::kRows, sizeof(typename Narrow::Memory), /*pads_rows=*/false, Narrow::kBlocks},
+       Narrow::kRows, sizeof(NarrowMemory<Format>), /*pads_rows=*/false, Narrow::kBlocks},
       {DescribeTiledWide<Format, 32>(), DescribeTiledWide<Format, 64>(),
        DescribeTiledWide<Format, 128>()},
       {reinterpret_cast<const void*>(&TiledDown<Format>), 32 * kMostDownWarps, Narrow::kTokens,

@@ -1,14 +1,18 @@
 // Tiled weights times up to 8 tokens of an expert: bound by the bytes of the weights.
 //
 // A persistent grid. An item is a tile of tokens and a band of 16 rows, of gate and up both where
-// both are there. A team of 1, 2, 4 or 8 warps has an item, each warp every 1st, 2nd, ... 256
-// columns of it. Items go out in rounds to teams of one size, and those that are left over to
-// larger teams, so that the last round is short (NarrowSchedule). A warp streams the bytes of its
-// items, one after another, through a ring in shared memory of its own, several hundred cycles
-// ahead, and decodes them straight into tensor-core operands. Warps wait for their team only, once
-// an item, to add their sums in warp order.
+// both are there; with many items of few columns it is two bands of one matrix. A team of 1, 2, 4
+// or 8 warps has an item, each warp every 1st, 2nd, ... 256 columns of it. Items go out in rounds
+// to teams of one size, and those that are left over to larger teams, so that the last round is
+// short (NarrowSchedule). A warp streams the bytes of its items, one after another, through a ring
+// in shared memory of its own, several hundred cycles ahead, and decodes them straight into
+// tensor-core operands. Warps wait for their team only, once an item, to add their sums in warp
+// order.
 #pragma once
 
+#include <climits>
+
+#include "ffi/cuda/few_tiles.cuh"
 #include "ffi/cuda/hopper.cuh"
 #include "ffi/cuda/tiled_epilogue.cuh"
 #include "ffi/cuda/tiled_step.cuh"
@@ -16,21 +20,16 @@
 
 namespace jax_moe::cuda {
 
-// A tile, and the pair of token lane / 4 (-1: none).
-struct WarpTile {
-  int expert, count, pair;
-};
-
 // The first `whole` items go to teams of 2^log_splits warps in rounds without idle teams, the
 // others to teams of 2^rest_log_splits.
 struct NarrowSchedule {
   int whole, log_splits, rest_log_splits;
 
   // The schedule that takes least, by a whole warp: a round takes the steps of 256 columns of a
-  // warp of its teams, and about a step and a half for what an item costs besides.
+  // warp of its teams, and about two steps for what an item costs besides.
   static __device__ __forceinline__ NarrowSchedule Choose(unsigned items, unsigned warps, int steps,
                                                           int matrices) {
-    constexpr unsigned kMostLogSplits = 3, kItemQuarters = 6;
+    constexpr unsigned kMostLogSplits = 3, kItemQuarters = 9;
     const unsigned lane = threadIdx.x % 32, first = lane / 4 % 4, rest = lane % 4;
     const auto round = [&](unsigned log_splits) {
       return 4 * matrices * ((steps + (1 << log_splits) - 1) >> log_splits) + kItemQuarters;
@@ -49,12 +48,47 @@ struct NarrowSchedule {
   }
 };
 
+// One warp's part of an item: every 2^log_splits-th step of the band of a tile of `count` tokens,
+// from step `split` on. A warp's two, the one at hand and the next one, are in shared memory, for
+// the loop over the steps needs nearly all registers.
+struct NarrowShare {
+  int expert, count, band, log_splits, split;
+};
+
+template <typename Format>
+struct alignas(16) NarrowMemory {
+  using Shape = TiledNarrowShape<Format>;
+  typename Shape::Stage ring[Shape::kWarps][Shape::kStages];
+  uint64_t full[Shape::kWarps][Shape::kStages];
+  float sums[Shape::kWarps][2][Shape::kTokens][Shape::kSumRows];
+  FewTiles::Table tiles[Shape::kWarps];
+  NarrowShare shares[Shape::kWarps][2];
+};
+
+// Division of numbers below 2^31 by one that is known only at run time.
+class Divisor {
+ public:
+  __device__ __forceinline__ explicit Divisor(unsigned divisor)
+      : divisor_(divisor), inverse_(divisor > 1 ? 0xffffffffu / divisor + 1 : 0) {}
+
+  __device__ __forceinline__ int Quotient(unsigned x) const {
+    if (divisor_ == 1) return static_cast<int>(x);
+    // At most one too large.
+    const unsigned quotient = __umulhi(x, inverse_);
+    return static_cast<int>(quotient * divisor_ > x ? quotient - 1 : quotient);
+  }
+
+ private:
+  unsigned divisor_, inverse_;
+};
+
 // A warp, and its way through the items.
 template <typename Format>
 class NarrowWarp {
  public:
   using Shape = TiledNarrowShape<Format>;
-  using Memory = typename Shape::Memory;
+  using Memory = NarrowMemory<Format>;
+  static constexpr int kStepsOfTwo = 16;  // with more steps bands go out singly
 
   __device__ __forceinline__ NarrowWarp(const TiledArgs& args, Memory& memory)
       : args_(args),
@@ -62,10 +96,9 @@ class NarrowWarp {
         ring_(memory.ring[threadIdx.x / 32], memory.full[threadIdx.x / 32]),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
-        matrices_(args.activate && args.gated ? 2 : 1),
         first_matrix_(args.activate && !args.gated ? 1 : 0),
-        bands_(args.rows / Shape::kRows),
-        band_bytes_(TiledRow<Format>::BandBytes(args.columns)),
+        steps_((args.columns + Shape::kStep - 1) / Shape::kStep),
+        by_pairs_a_row_(args.pairs_a_row),
         x_(args.columns) {}
 
   __device__ __forceinline__ void Run() {
@@ -77,49 +110,44 @@ class NarrowWarp {
                  early ? static_cast<int>(args_.lists.max_tiles) : 0, args_.lists.experts,
                  m_.tiles[warp_]);
     if (!early) WaitForEarlierKernels();
-    items_ = (early ? few.Number() : *args_.lists.num_tiles) * bands_;
-    schedule_ = NarrowSchedule::Choose(
-        items_, Warps(), (args_.columns + Shape::kStep - 1) / Shape::kStep, matrices_);
+    const int tiles = early ? few.Number() : *args_.lists.num_tiles;
+    bands_ = args_.rows / Shape::kRows;
+    two_bands_ = !args_.activate && bands_ % 2 == 0 && steps_ <= kStepsOfTwo &&
+                 tiles * bands_ >= 2 * Warps();
+    if (two_bands_) bands_ /= 2;
+    parts_ = two_bands_ || (args_.activate && args_.gated) ? 2 : 1;
+    by_bands_ = Divisor(bands_);
+    items_ = tiles * bands_;
+    schedule_ = NarrowSchedule::Choose(items_, Warps(), steps_, parts_);
     in_rest_ = schedule_.whole == 0;
     item_ = in_rest_ ? FirstOfRest() : GridWarp() >> schedule_.log_splits;
-    Share share = {}, next = {};
     bool more = item_ < items_;
     if (more) {
-      next = ShareAt(few);
-      LetFetch(next);
+      LoadTile();
+      TakeShare(few);
       FetchAhead();
     }
     if (early) WaitForEarlierKernels();
-    if (!more) return;
-    x_.MoveTo(RowOfX(next.tile));
-    x_.Load(next.split * Shape::kStep);
-    while (more) {
-      share = next;
-      Advance();
-      more = item_ < items_;
+    for (bool first = true;; first = false) {
+      // The next share's first activations come while this one's results are stored. What that
+      // takes from memory is used before, else it would be waited for with them.
+      if (!first) SetFactors();
       if (more) {
-        next = ShareAt(few);
-        LetFetch(next);
+        x_.MoveTo(RowOfX());
+        x_.Load(Next().split * Shape::kStep);
       }
+      if (!first) Finish();
+      if (!more) return;
+      pair_ = next_pair_;
+      current_ ^= 1;
+      more = item_ < items_;
+      if (more) TakeShare(few);
       FetchAhead();
-      Multiply(share, next);
-      Finish(share);
+      Multiply();
     }
   }
 
  private:
-  // One warp's part of an item: every 2^log_splits-th step of the tile's band, from step `split`
-  // on.
-  struct Share {
-    WarpTile tile;
-    int band, log_splits, split;
-  };
-
-  // Where a share's weights are.
-  struct Bands {
-    int expert, band, log_splits, split;
-  };
-
   __device__ __forceinline__ int Warps() const { return gridDim.x * Shape::kWarps; }
   __device__ __forceinline__ int GridWarp() const { return blockIdx.x * Shape::kWarps + warp_; }
   // In rounds without idle teams a block's teams have neighbouring items, of the same tokens. The
@@ -139,57 +167,85 @@ class NarrowWarp {
     }
   }
 
-  __device__ __forceinline__ Share ShareAt(FewTiles& few) const {
-    const int index = static_cast<unsigned>(item_) / static_cast<unsigned>(bands_);
-    WarpTile tile;
-    if (args_.lists.expert_ids != nullptr) {
-      tile.expert = few.Expert(index);
-      tile.count = few.Take(index);
-      tile.pair = lane_ / 4 < tile.count ? m_.tiles[warp_].pair[lane_ / 4] : -1;
-      __syncwarp();
-    } else {
-      const TokenTile listed = args_.lists.tiles[index];
-      tile.expert = listed.expert;
-      tile.count = listed.count;
-      tile.pair = lane_ / 4 < listed.count ? args_.lists.pairs[listed.begin + lane_ / 4] : -1;
+  // The tile of item_, wanted an item later.
+  __device__ __forceinline__ void LoadTile() {
+    if (args_.lists.expert_ids == nullptr && item_ < items_) {
+      listed_ = args_.lists.tiles[by_bands_.Quotient(item_)];
     }
-    return {tile, item_ - index * bands_, LogSplits(), warp_ & ((1 << LogSplits()) - 1)};
   }
 
-  __device__ __forceinline__ void LetFetch(const Share& share) {
-    next_ = {share.tile.expert, share.band, share.log_splits, share.split};
+  __device__ __forceinline__ const NarrowShare& Current() const {
+    return m_.shares[warp_][current_];
+  }
+  __device__ __forceinline__ const NarrowShare& Next() const {
+    return m_.shares[warp_][current_ ^ 1];
+  }
+
+  // The share at item_ is the next one; item_ moves on.
+  __device__ __forceinline__ void TakeShare(FewTiles& few) {
+    const int index = by_bands_.Quotient(item_);
+    int expert, count;
+    if (args_.lists.expert_ids != nullptr) {
+      expert = few.Expert(index);
+      count = few.Take(index);
+      next_pair_ = lane_ / 4 < count ? m_.tiles[warp_].pair[lane_ / 4] : -1;
+      __syncwarp();  // the next Take writes pairs
+    } else {
+      expert = listed_.expert;
+      count = listed_.count;
+      next_pair_ = lane_ / 4 < count ? args_.lists.pairs[listed_.begin + lane_ / 4] : -1;
+    }
+    const int log_splits = LogSplits();
+    // Every lane writes, and so need not wait for another one.
+    m_.shares[warp_][current_ ^ 1] = {expert, count, item_ - index * bands_, log_splits,
+                                      warp_ & ((1 << log_splits) - 1)};
     has_next_ = true;
+    Advance();
+    LoadTile();
+  }
+
+  __device__ __forceinline__ int FirstRow(const NarrowShare& share) const {
+    return (two_bands_ ? 2 * share.band : share.band) * Shape::kRows;
   }
 
   // Moves on to the next band to fetch, of this share or the next one; false where there is none
   // yet.
   __device__ __forceinline__ bool NextBand() {
-    if (fetch_matrix_ + 1 < matrices_) {
-      ++fetch_matrix_;
+    if (fetch_part_ + 1 < parts_) {
+      ++fetch_part_;
     } else if (has_next_) {
-      fetched_ = next_;
       has_next_ = false;
-      fetch_matrix_ = 0;
+      fetch_part_ = 0;
+      fetch_share_ ^= 1;
     } else {
       return false;
     }
-    const TiledMatrix& matrix = args_.matrix[first_matrix_ + fetch_matrix_];
-    const int row = fetched_.band * Shape::kRows, skipped = fetched_.split * Shape::kStageBytes;
-    fetch_from_ =
-        matrix.data + fetched_.expert * matrix.expert_bytes + row * args_.row_bytes + skipped;
-    fetch_aux_ = matrix.aux + (fetched_.expert * matrix.expert_rows + row) * 2;
-    fetch_left_ = band_bytes_ - skipped;  // a share has a step at least
-    fetch_stride_ = Shape::kStageBytes << fetched_.log_splits;
+    const TiledMatrix& matrix = args_.matrix[two_bands_ ? 0 : first_matrix_ + fetch_part_];
+    const NarrowShare& share = m_.shares[warp_][fetch_share_];
+    const int row = FirstRow(share) + (two_bands_ ? Shape::kRows * fetch_part_ : 0);
+    fetch_from_ = matrix.data + share.expert * matrix.expert_bytes + row * args_.row_bytes +
+                  share.split * Shape::kStageBytes;
+    fetch_step_ = share.split;
+    fetch_log_splits_ = share.log_splits;
+    ring_.Fetch(fetch_from_, StepBytes(),
+                matrix.aux + (share.expert * matrix.expert_rows + row) * 2);
     return true;
   }
 
   __device__ __forceinline__ bool FetchStep() {
-    if (fetch_left_ <= 0 && !NextBand()) return false;
-    ring_.Fetch(fetch_from_, min(Shape::kStageBytes, fetch_left_), fetch_aux_);
-    fetch_from_ += fetch_stride_;
-    fetch_left_ -= fetch_stride_;
-    fetch_aux_ = nullptr;
+    if (fetch_step_ >= steps_) {
+      if (!NextBand()) return false;
+    } else {
+      ring_.Fetch(fetch_from_, StepBytes());
+    }
+    fetch_from_ += Shape::kStageBytes << fetch_log_splits_;
+    fetch_step_ += 1 << fetch_log_splits_;
     return true;
+  }
+  __device__ __forceinline__ int StepBytes() const {
+    // Rows of whole atoms of 256 columns have no partial step.
+    if (TiledUnit<Format>::kChunks == 2 || fetch_step_ < steps_ - 1) return Shape::kStageBytes;
+    return TiledRow<Format>::BandBytes(args_.columns - fetch_step_ * Shape::kStep);
   }
 
   __device__ __forceinline__ void FetchAhead() {
@@ -197,35 +253,33 @@ class NarrowWarp {
     }
   }
 
-  // Of lane / 4's token, or where there is none of the tile's first.
-  __device__ __forceinline__ const half* RowOfX(const WarpTile& tile) const {
-    const int first = __shfl_sync(0xffffffffu, tile.pair, 0);
-    const int row = (tile.pair >= 0 ? tile.pair : first) / args_.pairs_a_row;
+  // Of lane / 4's token of the next share, or where there is none of its first.
+  __device__ __forceinline__ const half* RowOfX() const {
+    const int first = __shfl_sync(0xffffffffu, next_pair_, 0);
+    const int row = by_pairs_a_row_.Quotient(next_pair_ >= 0 ? next_pair_ : first);
     return static_cast<const half*>(args_.x.values) + row * args_.x.pitch;
   }
 
-  // next: the share that follows, whose first activations are loaded at the end; or the same again.
-  __device__ __forceinline__ void Multiply(const Share& share, const Share& next) {
-    const int g = lane_ / 4, t = lane_ % 4;
-    const WarpTile& tile = share.tile;
-    if (tile.pair >= 0) known_.Load(args_, tile.expert, tile.pair);
-    const int begin = share.split * Shape::kStep, stride = Shape::kStep << share.log_splits;
+  __device__ __forceinline__ void Multiply() {
+    if (pair_ >= 0) known_.Load(args_, Current().expert, pair_);
+    const int begin = Current().split * Shape::kStep;
+    const int stride = Shape::kStep << Current().log_splits;
 #pragma unroll 1
-    for (int m = 0; m < matrices_; ++m) {
+    for (int m = 0; m < parts_; ++m) {
       BandSums sums;
+      sums.Begin(ring_.Front().aux);
+      int column = begin;
+      bool last;
 #pragma unroll 1
-      for (int column = begin; column < args_.columns; column += stride) {
+      do {
         int next_column = column + stride;
-        if (next_column >= args_.columns) {
-          next_column = begin;
-          if (m == matrices_ - 1) {
-            x_.MoveTo(RowOfX(next.tile));
-            next_column = next.split * Shape::kStep;
-          }
-        }
-        MultiplyStep<Format>(ring_, x_, column == begin, column, next_column, args_.columns, sums);
+        last = next_column >= args_.columns;
+        if (last) next_column = m == parts_ - 1 ? -1 : begin;
+        MultiplyStep<Format>(ring_, x_, false, column, next_column, args_.columns, sums);
         FetchStep();
-      }
+        column = next_column;
+      } while (!last);
+      const int g = lane_ / 4, t = lane_ % 4;
       // A lane holds rows g and g + 8 of tokens 2 t and 2 t + 1.
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -234,14 +288,19 @@ class NarrowWarp {
     }
   }
 
-  __device__ __forceinline__ void Finish(const Share& share) {
-    const WarpTile& tile = share.tile;
-    float h_factor = 0;
-    if (args_.activate && tile.pair >= 0) {
-      h_factor = ScaleOfH(args_, known_, tile.expert, tile.pair, share.band == 0 && lane_ % 4 == 0);
+  __device__ __forceinline__ void SetFactors() {
+    if (pair_ < 0) return;
+    factor_ = known_.Factor();
+    if (args_.activate) {
+      const bool writes = Current().band == 0 && lane_ % 4 == 0;
+      h_factor_ = ScaleOfH(args_, known_, Current().expert, pair_, writes);
     }
+  }
+
+  __device__ __forceinline__ void Finish() const {
+    const NarrowShare share = Current();
     SyncTeam(share.log_splits);
-    Store(share, known_.Factor(), h_factor);
+    Store(share);
     SyncTeam(share.log_splits);
   }
 
@@ -257,45 +316,44 @@ class NarrowWarp {
     }
   }
 
-  // A lane has one row of every token whose turn it is: its team's lanes share the tile. factor and
-  // h_factor are those of token lane / 4.
-  __device__ __forceinline__ void Store(const Share& share, float factor, float h_factor) const {
-    const int n = share.band * Shape::kRows + lane_ % Shape::kRows;
+  // A lane has one row of every token whose turn it is: its team's lanes share the tile.
+  __device__ __forceinline__ void Store(const NarrowShare& share) const {
+    const int n = FirstRow(share) + lane_ % Shape::kRows;
     if (!args_.activate) {
-      ForEachToken(share, factor, h_factor, [&](int pair, float first, float, float) {
-        cuda::Store(args_.y, pair * args_.y_pitch + n, args_.y_type, first);
+      ForEachToken(share, [&](int pair, float first, float second, float) {
+        const int64_t at = pair * args_.y_pitch + n;
+        cuda::Store(args_.y, at, args_.y_type, first);
+        if (two_bands_) cuda::Store(args_.y, at + Shape::kRows, args_.y_type, second);
       });
       return;
     }
-    const RowFinish finish(args_, share.tile.expert, n);
+    const RowFinish finish(args_, share.expert, n);
     half* y = static_cast<half*>(args_.y) + n / 128 * 128 + NarrowPlace(n % 128);
     WithActivation(args_.activation, [&](auto activation) {
-      ForEachToken(share, factor, h_factor,
-                   [&](int pair, float first, float second, float pair_h_factor) {
-                     const float h = finish.Activate<decltype(activation)::value>(
-                         args_, first, matrices_ == 2 ? second : first);
-                     y[pair * args_.y_pitch] = __float2half_rn(h * pair_h_factor);
-                   });
+      ForEachToken(share, [&](int pair, float first, float second, float pair_h_factor) {
+        const float h = finish.Activate<decltype(activation)::value>(
+            args_, first, parts_ == 2 ? second : first);
+        y[pair * args_.y_pitch] = __float2half_rn(h * pair_h_factor);
+      });
     });
   }
 
-  // f(pair, sum of the first matrix, of the second, factor of h).
+  // f(pair, sum of the first part, of the second, factor of h).
   template <typename F>
-  __device__ __forceinline__ void ForEachToken(const Share& share, float factor, float h_factor,
-                                               F f) const {
+  __device__ __forceinline__ void ForEachToken(const NarrowShare& share, F f) const {
     const int row = lane_ % Shape::kRows, splits = 1 << share.log_splits;
     const int first_warp = warp_ - share.split;
 #pragma unroll 1
-    for (int base = 2 * share.split; base < share.tile.count; base += 2 * splits) {
+    for (int base = 2 * share.split; base < share.count; base += 2 * splits) {
       const int token = base + lane_ / Shape::kRows, source = 4 * min(token, Shape::kTokens - 1);
-      const int pair = __shfl_sync(0xffffffffu, share.tile.pair, source);
-      const float pair_factor = __shfl_sync(0xffffffffu, factor, source);
-      const float pair_h_factor = __shfl_sync(0xffffffffu, h_factor, source);
-      if (token >= share.tile.count) continue;
+      const int pair = __shfl_sync(0xffffffffu, pair_, source);
+      const float pair_factor = __shfl_sync(0xffffffffu, factor_, source);
+      const float pair_h_factor = __shfl_sync(0xffffffffu, h_factor_, source);
+      if (token >= share.count) continue;
       float first = 0, second = 0;
       for (int s = 0; s < splits; ++s) {
         first += m_.sums[first_warp + s][0][token][row];
-        if (matrices_ == 2) second += m_.sums[first_warp + s][1][token][row];
+        if (parts_ == 2) second += m_.sums[first_warp + s][1][token][row];
       }
       f(pair, first * pair_factor, second * pair_factor, pair_h_factor);
     }
@@ -304,19 +362,27 @@ class NarrowWarp {
   const TiledArgs& args_;
   Memory& m_;
   WarpRing<Format> ring_;
-  const int warp_, lane_, matrices_, first_matrix_, bands_, band_bytes_;
+  const int warp_, lane_, first_matrix_, steps_;
+  const Divisor by_pairs_a_row_;
+  // An item's bands: two where there are many items, for what it costs besides its steps, else one;
+  // its parts: bands, or one of gate and one of up. bands_: items of a tile.
+  bool two_bands_ = false;
+  int bands_ = 0, parts_ = 1;
+  Divisor by_bands_ = Divisor(1);
   NarrowSchedule schedule_ = {};
-  int items_ = 0, item_ = 0;  // all of them; the one of the share that is found next
+  int items_ = 0, item_ = 0;  // all of them; the one of the share that is taken next
   bool in_rest_ = false;
+  TokenTile listed_ = {};  // item_'s, where tiles are listed
   StepOfX x_;
+  int pair_ = -1, next_pair_ = -1;  // of token lane / 4 of the shares (-1: none)
+  int current_ = 1;                 // which of shares is at hand
   BoundOfH known_ = {};
-  // What is fetched after the share that is fetched now, if anything.
-  Bands fetched_ = {}, next_ = {};
-  bool has_next_ = false;
-  // The step that is fetched next, and the bytes from it to the band's end: none at first.
+  float factor_ = 0, h_factor_ = 0;  // of token lane / 4
+  // The step that is fetched next: the first band is yet to be begun. has_next_: there is another
+  // share than the one that is fetched.
   const uint8_t* fetch_from_ = nullptr;
-  const float* fetch_aux_ = nullptr;  // null but for a band's first step
-  int fetch_left_ = 0, fetch_stride_ = 0, fetch_matrix_ = 1;
+  int fetch_step_ = INT_MAX, fetch_log_splits_ = 0, fetch_part_ = 1, fetch_share_ = 1;
+  bool has_next_ = false;
 };
 
 template <typename Format>
@@ -324,8 +390,7 @@ __global__ void __launch_bounds__(32 * TiledNarrowShape<Format>::kWarps,
                                   TiledNarrowShape<Format>::kBlocks)
     TiledNarrow(const __grid_constant__ TiledArgs args) {
   extern __shared__ __align__(128) uint8_t shared[];
-  NarrowWarp<Format>(args, *reinterpret_cast<typename TiledNarrowShape<Format>::Memory*>(shared))
-      .Run();
+  NarrowWarp<Format>(args, *reinterpret_cast<NarrowMemory<Format>*>(shared)).Run();
 }
 
 }  // namespace jax_moe::cuda

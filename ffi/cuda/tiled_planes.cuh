@@ -1,8 +1,10 @@
 // What lies in which plane of an atom of a tiled format, and how a group's scale is made of it.
 //
-// kChunks of an atom; kCentre: about what the offset takes from fields, in scales; kScaleWords: what Load
-// fills besides the fields; Scale: the group's scale and, with an offset, its offset, in float32;
-// where fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale.
+// kChunks of an atom; kCentre: about what the offset takes from fields, in scales; kScaleWords: what
+// Load fills besides the fields; Scale: the group's scale times `unit` and, with an offset, its
+// offset times `offset_unit`, powers of two both, in float32; where fields leave shifts out,
+// IsNegative: the sign of a shift, which are plus or minus a scale. What rows share is computed in the
+// same way for both chunks and all groups, so that the compiler does it once.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -55,6 +57,16 @@ __device__ __forceinline__ uint32_t LoadHalf(const uint8_t* from) {
   return *reinterpret_cast<const uint16_t*>(from);
 }
 
+// x * d for an integer x below 2^23, rounded once: no conversion, whose unit has a quarter of the
+// rate, and of d one multiplication more for all x.
+__device__ __forceinline__ float Times(uint32_t x, float d) {
+  return fmaf(__uint_as_float(0x4b000000u | x), d, -8388608.0f * d);
+}
+// The same less `bias`, with two roundings.
+__device__ __forceinline__ float TimesLess(uint32_t x, int bias, float d) {
+  return (__uint_as_float(0x4b000000u | x) - static_cast<float>(8388608 + bias)) * d;
+}
+
 template <typename Format>
 struct TiledUnit;
 
@@ -63,8 +75,9 @@ template <int kAtomChunks>
 struct HalfScaled {
   static constexpr int kChunks = kAtomChunks, kScaleWords = 1, kCentre = 0;
   using Place = TiledPlace<kChunks>;
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int) {
-    return {HalfBits(s[0]), 0.0f};
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int,
+                                                 float unit = 1.0f, float = 1.0f) {
+    return {HalfBits(s[0]) * unit, 0.0f};
   }
 };
 
@@ -73,8 +86,10 @@ template <int kCentreValue>
 struct HalfScaledWithMinimum {
   static constexpr int kChunks = 1, kScaleWords = 1, kCentre = kCentreValue;
   using Place = TiledPlace<kChunks>;
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int) {
-    return {HalfBits(s[0] & 0xffffu), HalfBits(s[0] >> 16)};
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int,
+                                                 float unit = 1.0f, float offset_unit = 1.0f) {
+    const float2 d = __half22float2(Halves(s[0]));
+    return {d.x * unit, d.y * offset_unit};
   }
 };
 
@@ -141,9 +156,10 @@ struct TiledUnit<MXFP4> {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     s[0] = atom[at.Unit(16, 1)];
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int) {
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int,
+                                                 float unit = 1.0f, float = 1.0f) {
     const uint8_t block[1] = {static_cast<uint8_t>(s[0])};
-    return MXFP4::Group(block, 0);
+    return {MXFP4::Group(block, 0).scale * unit, 0.0f};
   }
 };
 
@@ -155,48 +171,36 @@ struct TiledUnit<NVFP4> {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     s[0] = LoadHalf(atom + at.Unit(16, 2));
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group) {
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group,
+                                                 float unit = 1.0f, float = 1.0f) {
     // NVFP4::Group without its branches: E4M3's exponent and mantissa at f16's, whose bias is
     // larger by 8. Half of the value again.
     const uint32_t code = s[0] >> 8 * group & 0xff;
-    const float scale = HalfBits((code & 0x7f) << 7) * 0x1p7f;
+    const float scale = HalfBits((code & 0x7f) << 7) * (unit * 0x1p7f);
     return {code == 0x7f ? 0.0f : scale, 0.0f};
   }
 };
-
-// An integer below 2^23, without the conversion unit, which has a quarter of the rate.
-__device__ __forceinline__ float SmallFloat(uint32_t x) {
-  return __uint_as_float(0x4b000000u | x) - 8388608.0f;
-}
-
-// The 24 bits of lane t in 12 bytes.
-__device__ __forceinline__ uint32_t ThreeBytes(const uint32_t* words, int t) {
-  const uint32_t low = t < 2 ? words[0] : t == 2 ? words[1] : words[2];
-  const uint32_t high = t == 1 ? words[1] : words[2];
-  // Bytes 3 t .. 3 t + 2, counted from the start of `low`.
-  return __byte_perm(low, high, t == 0 ? 0x2210 : t == 1 ? 0x5543 : t == 2 ? 0x4432 : 0x3321) &
-         0x00ffffffu;
-}
 
 // d, dmin, and 6 bits of scale and minimum a unit.
 template <int kCentreValue>
 struct SixBitScaled {
   static constexpr int kChunks = 2, kScaleWords = 3, kCentre = kCentreValue;
   using Place = TiledPlace<kChunks>;
-  // Where the unit's 12 bits begin in the three words that follow d and dmin.
-  static __device__ __forceinline__ int BeginOf(const Place& at) { return 24 * at.unit + 12 * at.chunk; }
-  // row: the plane's 16 bytes.
-  static __device__ __forceinline__ void LoadScale(const uint8_t* row, const Place& at, uint32_t* s) {
+  // row: the plane's 16 bytes. A lane's 24 bits, those of both chunks, are 3 bytes of the three words
+  // that follow d and dmin.
+  static __device__ __forceinline__ void LoadScale(const uint8_t* row, const Place& at,
+                                                   uint32_t* s) {
     const auto* words = reinterpret_cast<const uint32_t*>(row);
-    const int first = 1 + BeginOf(at) / 32;
+    const int first = 1 + 24 * at.unit / 32;
     s[0] = words[0];
     s[1] = words[first];
     s[2] = words[min(first + 1, 3)];
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
+                                                 float unit = 1.0f, float offset_unit = 1.0f) {
     const float2 d = __half22float2(Halves(s[0]));
-    const uint32_t bits = __funnelshift_r(s[1], s[2], BeginOf(at));
-    return {d.x * SmallFloat(bits & 63), -(d.y * SmallFloat(bits >> 6 & 63))};
+    const uint32_t bits = __funnelshift_r(s[1], s[2], 24 * at.unit) >> 12 * at.chunk;
+    return {Times(bits & 63, d.x * unit), -Times(bits >> 6 & 63, d.y * offset_unit)};
   }
 };
 
@@ -227,24 +231,32 @@ struct TiledUnit<Q6_K> {
     s[0] = LoadHalf(atom + at.Unit(24, 2));
     s[1] = LoadHalf(atom + at.Row(26, 0, 2));
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group) {
-    return {HalfBits(s[1]) * static_cast<float>(static_cast<int8_t>(s[0] >> 8 * group)), 0.0f};
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group,
+                                                 float unit = 1.0f, float = 1.0f) {
+    // Two's complement bytes, read as x + 128.
+    const uint32_t byte = __byte_perm(s[0] ^ 0x8080u, 0, 0x4440 | group);
+    return {TimesLess(byte, 128, HalfBits(s[1]) * unit), 0.0f};
   }
 };
 
 template <>
 struct TiledUnit<Q3_K> {
-  static constexpr int kChunks = 2, kScaleWords = 4, kCentre = 0;
+  static constexpr int kChunks = 2, kScaleWords = 3, kCentre = 0;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
     LoadWords<1>(atom + at.Unit(8, 4), q + 2);
-    LoadWords<3>(atom + at.Row(12, 0, 12), s);
-    s[3] = LoadHalf(atom + at.Row(12, 12, 2));
+    // A lane's 24 bits, those of both chunks, are 3 bytes of the 12.
+    const auto* words = reinterpret_cast<const uint32_t*>(atom + at.Row(12, 0, 12));
+    const int first = 24 * at.unit / 32;
+    s[0] = words[first];
+    s[1] = words[min(first + 1, 2)];
+    s[2] = LoadHalf(atom + at.Row(12, 12, 2));
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int group) {
-    const uint32_t bits = ThreeBytes(s, at.unit) >> (12 * at.chunk + 6 * group) & 63;
-    return {HalfBits(s[3]) * (SmallFloat(bits) - 32.0f), 0.0f};
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int group,
+                                                 float unit = 1.0f, float = 1.0f) {
+    const uint32_t bits = __funnelshift_r(s[0], s[1], 24 * at.unit) >> 12 * at.chunk;
+    return {TimesLess(bits >> 6 * group & 63, 32, HalfBits(s[2]) * unit), 0.0f};
   }
 };
 
@@ -257,10 +269,11 @@ struct TiledUnit<Q2_K> {
     s[0] = LoadHalf(atom + at.Unit(8, 2));
     LoadWords<1>(atom + at.Row(10, 0, 4), s + 1);
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group) {
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group,
+                                                 float unit = 1.0f, float offset_unit = 1.0f) {
+    const float2 d = __half22float2(Halves(s[1]));
     const uint32_t bits = s[0] >> 8 * group;
-    return {HalfBits(s[1] & 0xffffu) * SmallFloat(bits & 15),
-            -(HalfBits(s[1] >> 16) * SmallFloat(bits >> 4 & 15))};
+    return {Times(bits & 15, d.x * unit), -Times(bits & 0xf0, d.y * (offset_unit * 0x1p-4f))};
   }
 };
 
@@ -272,11 +285,11 @@ struct TiledUnit<IQ4_XS> {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<2>(atom + at.Row(16, 0, 8), s);
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
-    // 48 bits that follow the 16 of d.
-    const int shift = 16 + 12 * at.unit + 6 * at.chunk;
-    const uint32_t six = (shift < 32 ? __funnelshift_r(s[0], s[1], shift) : s[1] >> (shift - 32)) & 63;
-    return {HalfBits(s[0] & 0xffffu) * (SmallFloat(six) - 32.0f), 0.0f};
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
+                                                 float unit = 1.0f, float = 1.0f) {
+    // Of the 48 bits that follow the 16 of d, a lane's 12 are those of both chunks.
+    const uint32_t bits = __funnelshift_r(at.unit < 2 ? s[0] : s[1], s[1], 16 + 12 * at.unit);
+    return {TimesLess(bits >> 6 * at.chunk & 63, 32, HalfBits(s[0] & 0xffffu) * unit), 0.0f};
   }
 };
 
@@ -318,15 +331,11 @@ struct FourBitScaled {
     LoadWords<1>(atom + at.Row(kBefore, 0, 4), s);
     s[1] = LoadHalf(atom + at.Row(kBefore, 4, 2));
   }
-  static __device__ __forceinline__ uint32_t FourBits(const uint32_t* s, const Place& at) {
-    return s[0] >> (16 * at.chunk + 4 * at.unit) & 15;
+  // The unit's four bits x as 2 x + 1, and other bits above.
+  static __device__ __forceinline__ uint32_t Odd(const uint32_t* s, const Place& at) {
+    return __funnelshift_r(s[0], s[0], 16 * at.chunk + 4 * at.unit + 31) | 1;
   }
 };
-
-// An eighth of 2 * scale + 1: fields are eight times the values of the code words.
-__device__ __forceinline__ float Iq1Factor(uint32_t scale) {
-  return SmallFloat(2 * (scale & 7) + 1) * 0.125f;
-}
 
 template <>
 struct TiledUnit<IQ1_S> : FourBitScaled<8> {
@@ -335,11 +344,13 @@ struct TiledUnit<IQ1_S> : FourBitScaled<8> {
     LoadWords<2>(atom + at.Unit(0, 8), q);
     LoadScales(atom, at, s);
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
-    return {HalfBits(s[1]) * Iq1Factor(FourBits(s, at)), 0.0f};
+  // Fields are eight times the values of the code words.
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
+                                                 float unit = 1.0f, float = 1.0f) {
+    return {Times(Odd(s, at) & 15, HalfBits(s[1]) * (unit * 0.125f)), 0.0f};
   }
   static __device__ __forceinline__ bool IsNegative(const uint32_t* s, const Place& at, int) {
-    return FourBits(s, at) > 7;
+    return Odd(s, at) & 16;
   }
 };
 
@@ -356,18 +367,15 @@ struct TiledUnit<IQ1_M> {
     const bool late = at.unit >= 2;
     return __funnelshift_r(late ? s[1] : s[0], late ? s[2] : s[1], 20 * at.unit) >> 10 * at.chunk;
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int group) {
-    return {HalfBits(s[2] >> 16) * Iq1Factor(TenBits(s, at) >> 3 * group), 0.0f};
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int group,
+                                                 float unit = 1.0f, float = 1.0f) {
+    const uint32_t scale = TenBits(s, at) >> 3 * group & 7;
+    return {Times(2 * scale + 1, HalfBits(s[2] >> 16) * (unit * 0.125f)), 0.0f};
   }
   static __device__ __forceinline__ bool IsNegative(const uint32_t* s, const Place& at, int shift) {
     return TenBits(s, at) >> (6 + shift) & 1;
   }
 };
-
-// A quarter of scale + 1/2.
-__device__ __forceinline__ float Iq2Factor(uint32_t scale) {
-  return fmaf(SmallFloat(scale), 0.25f, 0.125f);
-}
 
 template <>
 struct TiledUnit<IQ2_XXS> : FourBitScaled<12> {
@@ -377,8 +385,9 @@ struct TiledUnit<IQ2_XXS> : FourBitScaled<12> {
     LoadWords<1>(atom + at.Unit(8, 4), q + 2);
     LoadScales(atom, at, s);
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
-    return {HalfBits(s[1]) * Iq2Factor(FourBits(s, at)), 0.0f};
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
+                                                 float unit = 1.0f, float = 1.0f) {
+    return {Times(Odd(s, at) & 31, HalfBits(s[1]) * (unit * 0.125f)), 0.0f};
   }
 };
 
@@ -392,8 +401,11 @@ struct TwoScaleIq2 {
     s[0] = atom[at.Unit(12, 1)];
     s[1] = LoadHalf(atom + at.Row(13, 0, 2));
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group) {
-    return {HalfBits(s[1]) * Iq2Factor(s[0] >> 4 * group & 15), 0.0f};
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int group,
+                                                 float unit = 1.0f, float = 1.0f) {
+    // A quarter of x + 1/2.
+    const uint32_t odd = s[0] << 1 >> 4 * group & 30 | 1;
+    return {Times(odd, HalfBits(s[1]) * (unit * 0.125f)), 0.0f};
   }
 };
 template <>
@@ -408,8 +420,9 @@ struct TiledUnit<IQ3_XXS> : FourBitScaled<16> {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadScales(atom, at, s);
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
-    return {HalfBits(s[1]) * fmaf(SmallFloat(FourBits(s, at)), 0.5f, 0.25f), 0.0f};
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
+                                                 float unit = 1.0f, float = 1.0f) {
+    return {Times(Odd(s, at) & 31, HalfBits(s[1]) * (unit * 0.25f)), 0.0f};
   }
 };
 
@@ -420,8 +433,9 @@ struct TiledUnit<IQ3_S> : FourBitScaled<16> {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadScales(atom, at, s);
   }
-  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int) {
-    return {HalfBits(s[1]) * SmallFloat(2 * FourBits(s, at) + 1), 0.0f};
+  static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
+                                                 float unit = 1.0f, float = 1.0f) {
+    return {Times(Odd(s, at) & 31, HalfBits(s[1]) * unit), 0.0f};
   }
   static __device__ __forceinline__ bool IsNegative(const uint32_t*, const Place&, int) {
     return false;

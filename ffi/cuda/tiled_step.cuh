@@ -38,10 +38,12 @@ class StepOfX {
   }
 
   // From `column` on. Past the end weights are zeros, and any activations of the row will do: what
-  // pads it may not be finite.
+  // pads it may not be finite. kWhole: the row's columns are a multiple of 256.
+  template <bool kWhole = false>
   __device__ __forceinline__ void Load(int chunk, int column) {
     column += 128 * chunk;
-    const auto* from = reinterpret_cast<const uint4*>(from_ + (column < columns_ ? column : 0));
+    if (!kWhole && column >= columns_) column = 0;
+    const auto* from = reinterpret_cast<const uint4*>(from_ + column);
 #pragma unroll
     for (int i = 0; i < 4; ++i) v[chunk][i] = from[4 * i];
   }
@@ -95,12 +97,13 @@ __device__ __forceinline__ void MultiplyStage(const uint8_t* stage, StepOfX& x, 
       high.Load(atom, place, sums.factor[1]);
       MultiplySteps<Format>(sums.sum, low, high, x.v[c]);
     }
-    x.Load(c, next_column);
+    if (next_column >= 0) x.Load<Tiled::kChunks == 2>(c, next_column);
   }
 }
 
 // Adds the products of the ring's next step, 256 columns from `column` on. first: the band's sums
-// begin. x: of the step; becomes that of the step at `next_column`, not past the end.
+// begin. x: of the step; becomes that of the step at `next_column`, not past the end, if that is
+// not negative.
 template <typename Format>
 __device__ __forceinline__ void MultiplyStep(WarpRing<Format>& ring, StepOfX& x, bool first,
                                              int column, int next_column, int columns,

@@ -8,6 +8,8 @@
 // Scales are brought into f16's range by the row's normaliser, which the sum gets back.
 #pragma once
 
+#include <type_traits>
+
 #include "ffi/cuda/tiled_planes.cuh"
 
 namespace jax_moe::cuda {
@@ -35,16 +37,17 @@ class LaneUnit {
     }
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      const Affine affine = Tiled::Scale(s, at, group);
-      half2 scale = BothHalves(affine.scale * (normaliser * kFieldUnit));
+      const Affine affine =
+          Tiled::Scale(s, at, group, normaliser * kFieldUnit, normaliser * 0x1p-24f);
+      half2 scale = BothHalves(affine.scale);
       if constexpr (Format::kHasOffset) {
         // Fields less kCentre: what is left of the offset is small, and so is what rounding takes
         // from it.
-        offset_[group] = BothHalves(fmaf(affine.scale, static_cast<float>(Tiled::kCentre),
-                                         affine.offset) *
-                                    (normaliser * 0x1p-24f));
+        static_assert(Fields::kExponent == -24);  // kFieldUnit is 1
+        offset_[group] =
+            BothHalves(fmaf(affine.scale, Tiled::kCentre * 0x1p-24f, affine.offset));
       } else if constexpr (Fields::kShifts > 0) {
-        const half2 shift = BothHalves(affine.scale * (normaliser * 0x1p-24f));
+        const half2 shift = BothHalves(affine.scale * (0x1p-24f / kFieldUnit));
 #pragma unroll
         for (int i = group * kOffsets / kGroups; i < (group + 1) * kOffsets / kGroups; ++i) {
           offset_[i] = Tiled::IsNegative(s, at, i) ? __hneg2(shift) : shift;
@@ -78,6 +81,9 @@ class LaneUnit {
   __device__ __forceinline__ uint32_t DecodePair() const {
     constexpr int group = kGroups == 1 ? 0 : i / 8;
     constexpr int position = Fields::template kPosition<i>;
+    if constexpr (std::is_base_of_v<Fields1, Fields>) {
+      return Fields::template Signed<i>(q_, Bits(scale_[group][0]));
+    }
     half2 field = Halves(Fields::template Pair<i>(q_));
     if constexpr (Tiled::kCentre > 0) {
       // Both are integers times 2^-24: exact.

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 
-#include "ffi/cuda/few_tiles.cuh"
 #include "ffi/cuda/hopper.cuh"
 #include "ffi/cuda/ptx.cuh"
 #include "ffi/cuda/tiled_unit.cuh"
@@ -32,13 +31,6 @@ struct TiledNarrowShape {
     uint8_t weights[kStageBytes];
     float aux[kRows][2];
   };
-
-  struct alignas(16) Memory {
-    Stage ring[kWarps][kStages];
-    uint64_t full[kWarps][kStages];
-    float sums[kWarps][2][kTokens][kSumRows];
-    FewTiles::Table tiles[kWarps];
-  };
 };
 
 // A warp's ring: steps are fetched and waited for in order, at most kStages ahead.
@@ -48,9 +40,12 @@ class WarpRing {
   using Shape = TiledNarrowShape<Format>;
   using Stage = typename Shape::Stage;
 
-  __device__ __forceinline__ WarpRing(Stage* ring, uint64_t* full) : ring_(ring), full_(full) {
+  __device__ __forceinline__ WarpRing(Stage* ring, uint64_t* full)
+      : ring_(SharedAddress(ring)), full_(SharedAddress(full)) {
+    // Kept in registers: else they are computed anew in every step.
+    asm volatile("" : "+r"(ring_), "+r"(full_));
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if (threadIdx.x % 32 < Shape::kStages) InitBarrier(full_ + threadIdx.x % 32, 1);
+    if (threadIdx.x % 32 < Shape::kStages) InitBarrier(Full(threadIdx.x % 32), 1);
     FenceBarrierInit();
     __syncwarp();
 #endif
@@ -58,22 +53,33 @@ class WarpRing {
 
   // bytes: a multiple of 16. aux: of the band's rows, null where they are not wanted.
   __device__ __forceinline__ void Fetch(const uint8_t* from, int bytes, const float* aux) {
-    Stage& stage = ring_[fetched_];
+    if (aux == nullptr) return Fetch(from, bytes);
+    Stage& stage = At(fetched_);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if (threadIdx.x % 32 == 0) {
-      uint64_t* full = full_ + fetched_;
-      ArriveExpectBytes(full, aux == nullptr ? bytes : bytes + Shape::kAuxBytes);
-      BulkCopy(stage.weights, from, bytes, full);
-      if (aux != nullptr) BulkCopy(stage.aux, aux, Shape::kAuxBytes, full);
+    if (ElectLane()) {
+      ArriveExpectBytes(Full(fetched_), bytes + Shape::kAuxBytes);
+      BulkCopy(stage.weights, from, bytes, Full(fetched_));
+      BulkCopy(stage.aux[0], aux, Shape::kAuxBytes, Full(fetched_));
     }
 #else
-    const int at = 16 * (threadIdx.x % 32);
-    for (int i = at; i < bytes; i += 16 * 32) CopyAsync16(stage.weights + i, from + i);
-    if (aux != nullptr && at < Shape::kAuxBytes) CopyAsync16(stage.aux[0] + at / 4, aux + at / 4);
+    CopyPieces(stage.weights, from, bytes);
+    CopyPieces(stage.aux[0], aux, Shape::kAuxBytes);
     CommitCopies();
 #endif
-    if (++fetched_ == Shape::kStages) fetched_ = 0;
-    ++ahead_;
+    CountFetch();
+  }
+  __device__ __forceinline__ void Fetch(const uint8_t* from, int bytes) {
+    Stage& stage = At(fetched_);
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (ElectLane()) {
+      ArriveExpectBytes(Full(fetched_), bytes);
+      BulkCopy(stage.weights, from, bytes, Full(fetched_));
+    }
+#else
+    CopyPieces(stage.weights, from, bytes);
+    CommitCopies();
+#endif
+    CountFetch();
   }
 
   __device__ __forceinline__ bool HasPlace() const { return ahead_ < Shape::kStages; }
@@ -81,10 +87,16 @@ class WarpRing {
   // The oldest step that is still in the ring; it has to be read by all lanes before the next
   // Fetch.
   __device__ __forceinline__ const Stage& Wait() {
-    const Stage& stage = ring_[read_];
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    WaitBarrier(full_ + read_, parity_);
+    const Stage& stage = Front();
     if (++read_ == Shape::kStages) read_ = 0, parity_ ^= 1;
+    --ahead_;
+    return stage;
+  }
+
+  // The same, which remains.
+  __device__ __forceinline__ const Stage& Front() const {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    WaitBarrier(Full(read_), parity_);
 #else
     if (HasPlace()) {
       WaitCopies<0>();
@@ -92,15 +104,32 @@ class WarpRing {
       WaitCopies<Shape::kStages - 1>();
     }
     __syncwarp();
-    if (++read_ == Shape::kStages) read_ = 0;
 #endif
-    --ahead_;
-    return stage;
+    return At(read_);
   }
 
  private:
-  Stage* ring_;
-  uint64_t* full_;
+  __device__ __forceinline__ Stage& At(int stage) const {
+    const uint32_t at = ring_ + stage * static_cast<uint32_t>(sizeof(Stage));
+    return *static_cast<Stage*>(__cvta_shared_to_generic(at));
+  }
+  __device__ __forceinline__ uint64_t* Full(int stage) const {
+    return static_cast<uint64_t*>(__cvta_shared_to_generic(full_ + stage * 8u));
+  }
+  __device__ __forceinline__ void CountFetch() {
+    if (++fetched_ == Shape::kStages) fetched_ = 0;
+    ++ahead_;
+  }
+  template <typename T>
+  static __device__ __forceinline__ void CopyPieces(T* to, const T* from, int bytes) {
+    auto* target = reinterpret_cast<uint8_t*>(to);
+    const auto* source = reinterpret_cast<const uint8_t*>(from);
+    for (int i = 16 * (threadIdx.x % 32); i < bytes; i += 16 * 32) {
+      CopyAsync16(target + i, source + i);
+    }
+  }
+
+  uint32_t ring_, full_;  // addresses in shared memory
   int fetched_ = 0, read_ = 0, ahead_ = 0;
   uint32_t parity_ = 0;
 };
