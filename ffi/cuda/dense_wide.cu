@@ -107,7 +107,13 @@ cudaError_t LaunchDenseWide(const DenseWideArgs& args, cudaStream_t stream) {
   params.bands = static_cast<int32_t>((rows + band_rows - 1) / band_rows);
   const int64_t items = params.bands * args.lists.max_tiles;
   if (items == 0) return cudaSuccess;
-  if (items > std::numeric_limits<int32_t>::max() / 2) return cudaErrorInvalidConfiguration;
+  // The kernel counts items, and the 16-byte pieces of x, in 32 bits.
+  const int64_t rows_of_x = (args.pairs + args.pairs_a_row - 1) / args.pairs_a_row;
+  const int64_t pieces = rows_of_x * args.x.pitch / (args.x_layout == Layout::kBF16Pair ? 4 : 8);
+  if (items > std::numeric_limits<int32_t>::max() / 2 ||
+      pieces > std::numeric_limits<uint32_t>::max()) {
+    return cudaErrorInvalidConfiguration;
+  }
   const uint8_t* first = args.activate && !params.paired ? args.weight[1] : args.weight[0];
   if (!MakeMap(args, first, &params.map[0]) ||
       !MakeMap(args, params.paired ? args.weight[1] : first, &params.map[1])) {

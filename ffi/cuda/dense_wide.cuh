@@ -108,7 +108,7 @@ class DenseWideBlock {
       for (int i = 0; i < Shape::kStages; ++i) {
         InitBarrier(m_.full + i, 2);  // for the weights and for the tokens
         InitBarrier(m_.empty + i, 4 * Shape::kGroups * cluster_);
-        InitBarrier(m_.copied + i, kGatherers);
+        InitBarrier(m_.copied + i, kGatherers + 1);
       }
       FenceBarrierInit();
     }
@@ -236,6 +236,8 @@ class DenseWideBlock {
           }
         }
         ArriveWhenCopied(m_.copied + place.stage);
+        // Nothing but an arrival of this kind comes after what the gatherers wrote to `info`.
+        if (thread == 0) Arrive(m_.copied + place.stage);
         values += Shape::kChunk / 8;
         // The tile is there by now, and nothing waits for its pairs before the next item does.
         if (chunk == 0 && more) next_pairs = FindPairs(next, thread);
@@ -358,11 +360,14 @@ class DenseWideBlock {
   static __device__ __forceinline__ int Lane() { return threadIdx.x % 32; }
   static __device__ __forceinline__ int Warp() { return threadIdx.x / 32 % 4; }
 
+  template <Activation kActivation>
+  static constexpr bool kGated = IsGated(kActivation);  // params_.paired
+
   __device__ __forceinline__ void StoreResults(const Info& info) {
     if (args_.activate) {
       WithActivation(args_.activation, [&](auto activation) {
         constexpr Activation kActivation = decltype(activation)::value;
-        if (!params_.paired) StoreActivated<kActivation, 0>(info);
+        if constexpr (!kGated<kActivation>) StoreActivated<kActivation, 0>(info);
         StoreActivated<kActivation, 1>(info);
       });
     } else if (args_.y_scales != nullptr) {
@@ -607,8 +612,9 @@ class DenseWideBlock {
     }
   }
 
-  // The largest magnitudes over the warp's 2 x 16 rows, two tokens' together. Rounded to bf16, which
-  // costs the scale one bit at most; NaN is left out. Several at a time, as exchanges take long.
+  // The largest magnitudes over the warp's 2 x 16 rows, of two tokens together. Rounded to bf16,
+  // which costs the scale one bit at most; NaN is left out. Several at a time, as exchanges take
+  // long.
   __device__ __forceinline__ void FindMaxima(const Info& info) {
     constexpr int kEights = Shape::kTokens / 8, kBatch = 6;
     static_assert(kEights % kBatch == 0);
