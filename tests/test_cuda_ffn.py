@@ -188,13 +188,19 @@ DENSE_SHAPES = (
 )
 
 
+def dense_bound(x_dtype, down_dtype) -> float:
+    """Between bf16 and a bf16 down projection h is rounded to bf16, too."""
+    both = x_dtype == down_dtype == "bfloat16"
+    return (2 if both else 1) * cases.bound(x_dtype)
+
+
 @pytest.mark.parametrize("x_dtype", cases.DTYPES)
 @pytest.mark.parametrize("w_dtype", ("float16", "bfloat16"))
 @pytest.mark.parametrize("shape", DENSE_SHAPES)
 @pytest.mark.parametrize("merged", (False, True))
 def test_dense_with_many_tokens(x_dtype, w_dtype, shape, merged):
     x, *rest = dense_problem(shape, (w_dtype,) * 3, merged=merged)
-    check(jnp.asarray(x, x_dtype), *rest, cases.bound(x_dtype))
+    check(jnp.asarray(x, x_dtype), *rest, dense_bound(x_dtype, w_dtype))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +216,7 @@ def test_dense_with_many_tokens(x_dtype, w_dtype, shape, merged):
 @pytest.mark.parametrize("x_dtype", cases.DTYPES)
 def test_dense_of_several_types(dtypes, x_dtype):
     x, *rest = dense_problem((130, 3, 2, 136, 200), dtypes)
-    check(jnp.asarray(x, x_dtype), *rest, cases.bound(x_dtype))
+    check(jnp.asarray(x, x_dtype), *rest, dense_bound(x_dtype, dtypes[2]))
 
 
 @pytest.mark.parametrize("w_dtype", ("float16", "bfloat16"))

@@ -110,6 +110,13 @@ Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant, plan:
   return Layout::kF32;
 }
 
+Layout ChooseHiddenLayout(const Weight& down, Element x_type, Variant variant, plan::CudaTile tile,
+                          bool dense_wide) {
+  // Rounded to bf16, h adds to the error of y no more than y's own rounding does.
+  const bool one = dense_wide && x_type == Element::kBF16;
+  return ChooseLayout(down, one ? Element::kBF16 : Element::kF32, variant, tile, dense_wide);
+}
+
 GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile) {
   if (!weight.packed) {
     const DenseKernels* kernels = FindDenseKernels(static_cast<Element>(weight.format), layout);

@@ -37,6 +37,10 @@ bool UsesDenseWide(const Weight& weight, int64_t pairs);
 Layout ChooseLayout(const Weight& weight, Element x_type, Variant variant, plan::CudaTile tile,
                     bool dense_wide);
 
+// How h of a moe_ffn on x (and y) of this type is prepared for its down projection.
+Layout ChooseHiddenLayout(const Weight& down, Element x_type, Variant variant, plan::CudaTile tile,
+                          bool dense_wide);
+
 // The kernel for a product with a tiled weight.
 const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile tile);
 

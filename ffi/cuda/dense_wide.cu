@@ -1,6 +1,7 @@
 #include "ffi/cuda/dense_wide.cuh"
 
 #include <algorithm>
+#include <limits>
 
 #include "ffi/cuda/launch_early.h"
 #include "ffi/plan/cuda.h"
@@ -74,6 +75,13 @@ bool StoresEight(const DenseWideArgs& args) {
          reinterpret_cast<uintptr_t>(args.y) % 16 == 0;
 }
 
+// Whether gate and up are the sums as they are.
+bool IsPlain(const DenseWideArgs& args) {
+  const auto bare = [](const Projection& p) { return p.scale == nullptr && p.bias == nullptr; };
+  return args.type != Element::kF16 && args.pair_weight == nullptr && bare(args.projection[0]) &&
+         bare(args.projection[1]);
+}
+
 }  // namespace
 
 bool HasDenseWide() { return IsHopper() && FindEncodeTiled() != nullptr; }
@@ -92,12 +100,20 @@ cudaError_t LaunchDenseWide(const DenseWideArgs& args, cudaStream_t stream) {
   DenseWideParams params = {};
   params.args = args;
   params.paired = args.activate && args.weight[0] != nullptr;
+  params.plain = IsPlain(args);
   params.stores_eight = StoresEight(args);
   const int64_t band_rows = params.paired ? kDenseWideRows / 2 : kDenseWideRows;
-  const int64_t rows = args.activate && args.h_pair ? args.y_pitch : args.rows;
+  const int64_t rows = args.activate && args.h_parts > 0 ? args.y_pitch : args.rows;
   params.bands = static_cast<int32_t>((rows + band_rows - 1) / band_rows);
   const int64_t items = params.bands * args.lists.max_tiles;
   if (items == 0) return cudaSuccess;
+  // The kernel counts items, and the 16-byte pieces of x, in 32 bits.
+  const int64_t rows_of_x = (args.pairs + args.pairs_a_row - 1) / args.pairs_a_row;
+  const int64_t pieces = rows_of_x * args.x.pitch / (args.x_layout == Layout::kBF16Pair ? 4 : 8);
+  if (items > std::numeric_limits<int32_t>::max() / 2 ||
+      pieces > std::numeric_limits<uint32_t>::max()) {
+    return cudaErrorInvalidConfiguration;
+  }
   const uint8_t* first = args.activate && !params.paired ? args.weight[1] : args.weight[0];
   if (!MakeMap(args, first, &params.map[0]) ||
       !MakeMap(args, params.paired ? args.weight[1] : first, &params.map[1])) {

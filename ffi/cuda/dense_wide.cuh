@@ -2,22 +2,23 @@
 //
 // The grid is persistent: an item is a tile of tokens and 256 weight rows (128 of gate and the same
 // 128 of up). One warpgroup brings the operands in chunks of 64 columns, through a ring that runs
-// on across items: one thread's tensor copies of four times 64 weight rows, and token rows gathered
-// by index, both in the 128-byte swizzle. Two warpgroups multiply, each 2 x 64 rows by as many
-// columns as the tile has tokens, rounded up to 8. While they store an item's results, the next
-// item's operands arrive.
+// on across items: one thread's tensor copies of four times 64 weight rows, and token rows that two
+// warps gather by index, both in the 128-byte swizzle. Gatherers wait for free places only; when
+// their copies are done, a thread of its own makes them visible to the tensor cores. Two warpgroups
+// multiply, each 2 x 64 rows by as many columns as the tile has tokens, rounded up to 8. While they
+// store an item's results, the next item's operands arrive.
 //
 // Where experts have several tiles, two blocks form a cluster and have the same weight rows of two
 // tiles: each copies half of the weights to both. A place of the ring is free once the consumers of
 // both blocks have left it, so that the two go through their items at one pace.
 //
-// Results go from registers to y a warp at a time, 16 rows of 16 tokens in a pass: a lane's sums of
-// a row are of several tokens, and a transposition through 1 KB of shared memory, in which only the
-// warp takes part, makes whole sectors of a token's row of them.
+// Results go from registers to y a warpgroup and 16 tokens at a time: a lane's sums of a row are of
+// several tokens, and a transposition through 4 KB of shared memory makes 64 or 128 consecutive
+// values of a token's row of them.
 //
 // float32 activations of bf16 weights are two bf16 parts, whose products have the same weights: one
-// bf16 is too coarse for h, whose rounding would add to that of y, and f16 has not the range of
-// bf16 weights.
+// bf16 is too coarse for them, and f16 has not the range of bf16 weights. h is one part where y is
+// bf16, and two elsewhere.
 #pragma once
 
 #include "ffi/cuda/cluster.cuh"
@@ -34,6 +35,7 @@ struct DenseWideParams {
   DenseWideArgs args;
   int32_t bands;  // items of a tile
   int32_t paired;
+  int32_t plain;         // with activate: gate and up come without factors and biases
   int32_t stores_eight;  // y has 16-bit elements, eight of which can be stored at once everywhere
 };
 
@@ -42,7 +44,7 @@ struct DenseWideShape {
   static constexpr int kTokens = kDenseWideTokens;
   static constexpr int kGroups = 2;  // warpgroups that multiply
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
   static constexpr int kChunk = 64;               // columns: 128 bytes, a row of the swizzle
   static constexpr int kSlots = 2 * kGroups;      // of 64 weight rows
   static constexpr int kSlotBytes = 64 * 2 * kChunk;
@@ -50,12 +52,10 @@ struct DenseWideShape {
   static constexpr int kTokensAt = kSlots * kSlotBytes;
   static constexpr int kStageBytes = kTokensAt + kParts * kPartBytes;
   static constexpr int kStages = kParts == 1 ? 4 : 3;
-  // Chunks of tokens on their way; with one place more, none waits for a consumer that waits for
-  // it.
-  static constexpr int kLookahead = 2;
   // Consumers may be behind by as many items as there are stages, and store one more's results.
   static constexpr int kInfos = kStages + 1;
   static constexpr int kPass = 16;  // tokens whose results are stored at a time
+  static constexpr int kBuffers = kParts == 1 ? 2 : 1;  // of these
   static constexpr int kGroupTiles = 8;
 
   struct Info {
@@ -65,17 +65,19 @@ struct DenseWideShape {
   };
   struct Memory {
     alignas(1024) uint8_t stage[kStages][kStageBytes];
-    // On their way from a warp's registers to rows of y: 16 tokens with two times 16 values.
-    alignas(16) uint8_t turned[4 * kGroups][kPass * 64];
-    // Of a warpgroup's two tiles, for two tokens each, from its four warps.
-    alignas(16) uint32_t maxima[kGroups][2][kTokens / 2][4];
-    alignas(16) float inverses[kGroups][2][kTokens];  // of their scales
+    // On their way from a warpgroup's registers to rows of y: a pass's tokens with 128 values.
+    alignas(16) uint8_t staged[kGroups][kBuffers][kPass * 256];
+    // Of a warpgroup's rows, for two tokens each, from its four warps.
+    alignas(16) uint32_t maxima[kGroups][kTokens / 2][4];
+    alignas(16) float factors[kGroups][kTokens];  // of tokens, with the inverses of their scales
     Info info[kInfos];
+    int32_t row[kTokens];  // of x, of an item's tokens
     uint64_t full[kStages], empty[kStages];
+    uint64_t copied[kStages];  // the tokens are there
   };
   static constexpr int kSharedBytes = sizeof(Memory) + 1024;  // for its alignment
   static_assert(kSharedBytes <= 232448);
-  static_assert(kLookahead < kStages && kTokens % kPass == 0);
+  static_assert(kTokens % kPass == 0);
   static_assert(kSlotBytes % 1024 == 0 && kPartBytes % 1024 == 0);
   static_assert(kSlots * 64 == kDenseWideRows);
 };
@@ -95,8 +97,8 @@ class DenseWideBlock {
         m_(memory),
         cluster_(ClusterSize()),
         rank_(ClusterRank()),
-        tiles_(min(static_cast<int64_t>(*params.args.lists.num_tiles),
-                   params.args.lists.max_tiles)),
+        tiles_(min(*params.args.lists.num_tiles,
+                   static_cast<int>(params.args.lists.max_tiles))),
         steps_((tiles_ + cluster_ - 1) / cluster_),
         items_(steps_ * params.bands),
         chunks_(static_cast<int>((params.args.k + Shape::kChunk - 1) / Shape::kChunk)) {}
@@ -104,8 +106,9 @@ class DenseWideBlock {
   __device__ __forceinline__ void Run() {
     if (threadIdx.x == 0) {
       for (int i = 0; i < Shape::kStages; ++i) {
-        InitBarrier(m_.full + i, 128 + 1);  // every producer, and the thread that copies weights
+        InitBarrier(m_.full + i, 2);  // for the weights and for the tokens
         InitBarrier(m_.empty + i, 4 * Shape::kGroups * cluster_);
+        InitBarrier(m_.copied + i, kGatherers + 1);
       }
       FenceBarrierInit();
     }
@@ -113,7 +116,13 @@ class DenseWideBlock {
     WaitInCluster();
     if (threadIdx.x < 128) {
       GiveRegisters<Shape::kProducerRegisters>();
-      Produce();
+      if (threadIdx.x >= 64) {
+        GatherTokens(threadIdx.x - 64);
+      } else if (threadIdx.x == 32) {
+        PassTokensOn();
+      } else if (threadIdx.x == 0) {
+        CopyWeights();
+      }
     } else {
       TakeRegisters<Shape::kConsumerRegisters>();
       Consume();
@@ -136,12 +145,12 @@ class DenseWideBlock {
   // Items that run at the same time share tokens and weights: a few tiles, which often are of one
   // expert, go through the bands together. The blocks of a cluster have a band of neighbouring
   // tiles; past the last one there is an empty tile.
-  __device__ __forceinline__ Item FindItem(int64_t index) const {
-    const int64_t group = Shape::kGroupTiles / cluster_;
-    const int64_t first = index / (group * params_.bands) * group;
-    const int rest = static_cast<int>(index - first * params_.bands);
-    const int steps = static_cast<int>(min(steps_ - first, group));
-    const int64_t tile = (first + rest % steps) * cluster_, last = tiles_ - 1;
+  __device__ __forceinline__ Item FindItem(int index) const {
+    const int group = Shape::kGroupTiles / cluster_;
+    const int first = index / (group * params_.bands) * group;
+    const int rest = index - first * params_.bands;
+    const int steps = min(steps_ - first, group);
+    const int tile = (first + rest % steps) * cluster_, last = tiles_ - 1;
     const TokenTile* tiles = args_.lists.tiles;
     Item item = {tiles[min(tile + rank_, last)], rest / steps, false};
     if (tile + rank_ > last) item.tile.count = 0;
@@ -149,103 +158,140 @@ class DenseWideBlock {
     return item;
   }
 
-  static __device__ __forceinline__ void ProducersMeet() {
-    asm volatile("bar.sync 3, 128;" ::: "memory");
-  }
   // The threads of this consumer's warpgroup meet.
   __device__ __forceinline__ void GroupMeets() const {
     asm volatile("bar.sync %0, 128;" ::"r"(Group() + 1) : "memory");
   }
   static __device__ __forceinline__ int Group() { return threadIdx.x / 128 - 1; }
 
-  __device__ __forceinline__ void Produce() {
-    // A thread copies one of the eight 16-byte pieces of a chunk of every 16th token.
-    const int first = threadIdx.x / 8, piece = threadIdx.x % 8;
-    const int to = Shape::kTokensAt + first * 128 + (piece ^ first % 8) * 16;
-    Position place, arrived;
-    int waiting = 0;  // chunks of which the consumers have not been told
-    int info = 0;
-    const int64_t stride = gridDim.x / cluster_;
-    int64_t index = blockIdx.x / cluster_;
+  // Items of this cluster: every `Stride()`th, from Begin() on.
+  __device__ __forceinline__ int Begin() const { return blockIdx.x / cluster_; }
+  __device__ __forceinline__ int Stride() const { return gridDim.x / cluster_; }
+
+  // By one thread. Of weights that the cluster shares, a block brings two of four slots, to both
+  // blocks.
+  __device__ __forceinline__ void CopyWeights() {
+    Position place;
+    int index = Begin();
     if (index >= items_) return;
     Item next = FindItem(index);
-    for (; index < items_; index += stride) {
+    for (; index < items_; index += Stride()) {
       const Item item = next;
-      const TokenTile& tile = item.tile;
-      if (index + stride < items_) next = FindItem(index + stride);
-      if (waiting == Shape::kLookahead) Tell(arrived, waiting);
+      if (index + Stride() < items_) next = FindItem(index + Stride());
+      for (int chunk = 0; chunk < chunks_; ++chunk, place.Next()) {
+        uint64_t* full = m_.full + place.stage;
+        WaitBarrier(m_.empty + place.stage, place.parity ^ 1);
+        ArriveExpectBytes(full, Shape::kSlots * Shape::kSlotBytes);
+#pragma unroll
+        for (int slot = 0; slot < Shape::kSlots; ++slot) {
+          if (item.shared && slot / 2 != rank_) continue;
+          TensorCopy(m_.stage[place.stage] + slot * Shape::kSlotBytes,
+                     params_.map + (params_.paired ? slot % 2 : 0), chunk * Shape::kChunk,
+                     FirstRow(item.band, slot), item.tile.expert, full,
+                     item.shared ? 3 : 1 << rank_);
+        }
+      }
+    }
+  }
+
+  // By two warps: a thread copies one of the eight 16-byte pieces of a chunk of every 8th token.
+  static constexpr int kGatherers = 64, kRows = Shape::kTokens / 8;
+  __device__ __forceinline__ void GatherTokens(int thread) {
+    const int first = thread / 8, piece = thread % 8;
+    const int to = Shape::kTokensAt + first * 128 + (piece ^ first) * 16;
+    const int part_pieces = static_cast<int>(args_.x.pitch / 8);
+    Position place;
+    int info = 0;
+    int index = Begin();
+    if (index >= items_) return;
+    Item next = FindItem(index);
+    Pairs next_pairs = FindPairs(next, thread);
+    for (; index < items_; index += Stride()) {
+      const Item item = next;
+      const Pairs pairs = next_pairs;
+      const bool more = index + Stride() < items_;
+      if (more) next = FindItem(index + Stride());
       // Once the first chunk has a place, the consumers are done with what `info` held before.
       WaitBarrier(m_.empty + place.stage, place.parity ^ 1);
-      WriteInfo(m_.info[info], tile, item.band);
-      ProducersMeet();
-      const T* from[Shape::kTokens / 16];
+      WriteInfo(m_.info[info], item, pairs, thread);
+      GatherersMeet();
+      uint32_t from[kRows];  // in pieces of 16 bytes
 #pragma unroll
-      for (int i = 0; i < Shape::kTokens / 16; ++i) {
-        const int token = max(min(first + 16 * i, tile.count - 1), 0);
-        const int64_t row = m_.info[info].pair[token] / args_.pairs_a_row;
-        from[i] = static_cast<const T*>(args_.x.values) + row * args_.x.pitch * kParts + piece * 8;
+      for (int i = 0; i < kRows; ++i) {
+        const int token = max(min(first + 8 * i, item.tile.count - 1), 0);
+        from[i] = static_cast<uint32_t>(m_.row[token]) * (part_pieces * kParts);
       }
-      for (int chunk = 0; chunk < chunks_; ++chunk) {
-        // Told before any place is waited for: consumers leave a chunk's place when they have the
-        // next chunk.
-        if (waiting == Shape::kLookahead) Tell(arrived, waiting);
+      GatherersMeet();  // who has the next item writes new rows
+      const auto* values = static_cast<const uint4*>(args_.x.values) + piece;
+      for (int chunk = 0; chunk < chunks_; ++chunk, place.Next()) {
         WaitBarrier(m_.empty + place.stage, place.parity ^ 1);
-        uint8_t* stage = m_.stage[place.stage];
-        if (threadIdx.x == 0) CopyWeights(stage, m_.full + place.stage, item, chunk);
+        uint8_t* stage = m_.stage[place.stage] + to;
 #pragma unroll
-        for (int i = 0; i < Shape::kTokens / 16; ++i) {
-          if (first + 16 * i >= tile.count) break;
+        for (int i = 0; i < kRows; ++i) {
+          if (first + 8 * i >= item.tile.count) break;
 #pragma unroll
           for (int part = 0; part < kParts; ++part) {
-            CopyAsync16(stage + to + part * Shape::kPartBytes + 2048 * i,
-                        from[i] + part * args_.x.pitch);
+            CopyAsync16(stage + part * Shape::kPartBytes + 1024 * i,
+                        values + from[i] + part * part_pieces);
           }
-          from[i] += Shape::kChunk;
         }
-        CommitCopies();
-        ++waiting;
-        place.Next();
+        ArriveWhenCopied(m_.copied + place.stage);
+        // Nothing but an arrival of this kind comes after what the gatherers wrote to `info`.
+        if (thread == 0) Arrive(m_.copied + place.stage);
+        values += Shape::kChunk / 8;
+        // The tile is there by now, and nothing waits for its pairs before the next item does.
+        if (chunk == 0 && more) next_pairs = FindPairs(next, thread);
       }
       if (++info == Shape::kInfos) info = 0;
     }
-    WaitCopies<0>();
-    FenceAsyncProxy();
-    for (; waiting > 0; --waiting) {
-      Arrive(m_.full + arrived.stage);
-      arrived.Next();
+  }
+  static __device__ __forceinline__ void GatherersMeet() {
+    asm volatile("bar.sync 3, %0;" ::"n"(kGatherers) : "memory");
+  }
+
+  // By one thread: makes tokens that have been copied visible to the tensor cores. Gatherers, which
+  // would have to wait for their copies, are further ahead so.
+  __device__ __forceinline__ void PassTokensOn() {
+    Position place;
+    for (int index = Begin(); index < items_; index += Stride()) {
+      for (int chunk = 0; chunk < chunks_; ++chunk, place.Next()) {
+        WaitBarrier(m_.copied + place.stage, place.parity);
+        FenceAsyncProxy();
+        Arrive(m_.full + place.stage);
+      }
     }
   }
 
-  // The oldest of the chunks on their way has arrived.
-  __device__ __forceinline__ void Tell(Position& arrived, int& waiting) {
-    WaitCopies<Shape::kLookahead - 1>();
-    FenceAsyncProxy();
-    Arrive(m_.full + arrived.stage);
-    arrived.Next();
-    --waiting;
-  }
-
-  __device__ __forceinline__ void WriteInfo(Info& info, const TokenTile& tile, int band) const {
-    if (threadIdx.x == 0) info.expert = tile.expert, info.count = tile.count, info.band = band;
-    for (int token = threadIdx.x; token < tile.count; token += 128) {
-      const int pair = args_.lists.pairs[tile.begin + token];
-      float factor = args_.pair_weight == nullptr ? 1.0f : args_.pair_weight[pair];
-      if constexpr (std::is_same_v<T, half>) factor *= args_.x.scales[pair / args_.pairs_a_row];
-      info.pair[token] = pair;
-      info.factor[token] = factor;
+  // Of an item's tokens, every 64th.
+  struct Pairs {
+    int pair[(Shape::kTokens + kGatherers - 1) / kGatherers];
+  };
+  __device__ __forceinline__ Pairs FindPairs(const Item& item, int thread) const {
+    Pairs pairs = {};
+    int token = thread;
+    for (int& pair : pairs.pair) {
+      if (token < item.tile.count) pair = args_.lists.pairs[item.tile.begin + token];
+      token += kGatherers;
     }
+    return pairs;
   }
 
-  // Of weights that the cluster shares, a block brings two of four slots, to both blocks.
-  __device__ __forceinline__ void CopyWeights(uint8_t* stage, uint64_t* full, const Item& item,
-                                              int chunk) const {
-    ArriveExpectBytes(full, Shape::kSlots * Shape::kSlotBytes);
-#pragma unroll
-    for (int slot = 0; slot < Shape::kSlots; ++slot) {
-      if (item.shared && slot / 2 != rank_) continue;
-      TensorCopy(stage + slot * Shape::kSlotBytes, params_.map + (params_.paired ? slot % 2 : 0),
-                 chunk * Shape::kChunk, FirstRow(item.band, slot), item.tile.expert, full,
-                 item.shared ? 3 : 1 << rank_);
+  __device__ __forceinline__ void WriteInfo(Info& info, const Item& item, const Pairs& pairs,
+                                            int thread) {
+    if (thread == 0) {
+      info.expert = item.tile.expert, info.count = item.tile.count, info.band = item.band;
+    }
+    int token = thread;
+    for (const int pair : pairs.pair) {
+      if (token < item.tile.count) {
+        const int row = pair / args_.pairs_a_row;
+        float factor = args_.pair_weight == nullptr ? 1.0f : args_.pair_weight[pair];
+        if constexpr (std::is_same_v<T, half>) factor *= args_.x.scales[row];
+        m_.row[token] = row;
+        info.pair[token] = pair;
+        info.factor[token] = factor;
+      }
+      token += kGatherers;
     }
   }
 
@@ -258,8 +304,7 @@ class DenseWideBlock {
   __device__ __forceinline__ void Consume() {
     Position place;
     int info = 0;
-    const int64_t stride = gridDim.x / cluster_;
-    for (int64_t index = blockIdx.x / cluster_; index < items_; index += stride) {
+    for (int index = Begin(); index < items_; index += Stride()) {
       WaitBarrier(m_.full + place.stage, place.parity);
       MultiplyTile<1>(m_.info[info].count, place);
       StoreResults(m_.info[info]);
@@ -315,11 +360,14 @@ class DenseWideBlock {
   static __device__ __forceinline__ int Lane() { return threadIdx.x % 32; }
   static __device__ __forceinline__ int Warp() { return threadIdx.x / 32 % 4; }
 
+  template <Activation kActivation>
+  static constexpr bool kGated = IsGated(kActivation);  // params_.paired
+
   __device__ __forceinline__ void StoreResults(const Info& info) {
     if (args_.activate) {
       WithActivation(args_.activation, [&](auto activation) {
         constexpr Activation kActivation = decltype(activation)::value;
-        if (!params_.paired) StoreActivated<kActivation, 0>(info);
+        if constexpr (!kGated<kActivation>) StoreActivated<kActivation, 0>(info);
         StoreActivated<kActivation, 1>(info);
       });
     } else if (args_.y_scales != nullptr) {
@@ -332,86 +380,126 @@ class DenseWideBlock {
   // What a lane holds of a pass's tokens: of each of its two tiles, element i is of row Row(i) of
   // the tile and of token Token(i).
   static constexpr int kElements = Shape::kPass / 2;
-  struct Pass {
-    float sum[2][kElements];
-    float factor[kElements / 2];  // of the tokens
-    __device__ __forceinline__ float Sum(int tile, int i) const {
-      return sum[tile][i] * factor[i / 4 * 2 + i % 2];
-    }
-  };
   static __device__ __forceinline__ int Row(int i) {
     return 16 * Warp() + Lane() / 4 + i / 2 % 2 * 8;
   }
   static __device__ __forceinline__ int Token(int i) {
     return i / 4 * 8 + Lane() % 4 * 2 + i % 2;
   }
-
-  // Calls f(first token, pass) for all passes, in a loop: unrolled for every activation and number
-  // of tokens it would be too much code.
-  template <typename F>
-  __device__ __forceinline__ void ForPasses(const Info& info, F f) const {
-#pragma unroll 1
-    for (int begin = 0; begin < info.count; begin += Shape::kPass) {
-      Pass pass;
-      TakeSums(begin, pass);
+  // Of the tokens Token(0), Token(1), Token(4) and Token(5), from `factors` on.
+  struct Factors {
+    float of[4];
+    __device__ __forceinline__ explicit Factors(const float* factors) {
 #pragma unroll
-      for (int i = 0; i < kElements; i += 4) {
-        const float2 two = *reinterpret_cast<const float2*>(info.factor + begin + Token(i));
-        pass.factor[i / 2] = two.x;
-        pass.factor[i / 2 + 1] = two.y;
+      for (int i = 0; i < 2; ++i) {
+        const float2 two = *reinterpret_cast<const float2*>(factors + Token(4 * i));
+        of[2 * i] = two.x, of[2 * i + 1] = two.y;
       }
-      f(begin, pass);
+    }
+    __device__ __forceinline__ float operator[](int i) const { return of[i / 4 * 2 + i % 2]; }
+  };
+
+  // Calls f(first token, sums of the two tiles) for all passes, in a loop: unrolled for every
+  // activation and number of tokens it would be too much code.
+  template <typename F>
+  __device__ __forceinline__ void ForPasses(int count, F f) const {
+#pragma unroll 1
+    for (int begin = 0; begin < count; begin += Shape::kPass) {
+      float sum[2][kElements];
+      TakeSums(begin, sum);
+      f(begin, sum);
     }
   }
 
   // From registers that have to be known to the compiler: of passes kFirst .. kEnd - 1.
   template <int kFirst = 0, int kEnd = Shape::kTokens / Shape::kPass>
-  __device__ __forceinline__ void TakeSums(int begin, Pass& pass) const {
+  __device__ __forceinline__ void TakeSums(int begin, float (&sum)[2][kElements]) const {
     if constexpr (kEnd - kFirst > 1) {
       constexpr int kMiddle = (kFirst + kEnd) / 2;
       if (begin < kMiddle * Shape::kPass) {
-        TakeSums<kFirst, kMiddle>(begin, pass);
+        TakeSums<kFirst, kMiddle>(begin, sum);
       } else {
-        TakeSums<kMiddle, kEnd>(begin, pass);
+        TakeSums<kMiddle, kEnd>(begin, sum);
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kElements; ++i) {
-        pass.sum[0][i] = sum_[0][kFirst * kElements + i];
-        pass.sum[1][i] = sum_[1][kFirst * kElements + i];
+        sum[0][i] = sum_[0][kFirst * kElements + i];
+        sum[1][i] = sum_[1][kFirst * kElements + i];
       }
     }
   }
 
-  // Words [2 p] and [2 p + 1] are of the two halves of 16 rows in plane p, for 8 tokens each: two
-  // tokens of a row a word. A warp transposes them, so that a lane stores 16 bytes of a token and
-  // two lanes a sector; to(pair, plane) is where the token's 16 rows begin, stores(plane) tells
-  // whether the lane's half is wanted.
-  using Words = uint32_t[kElements / 4][4];
-  template <typename Stores, typename To>
-  __device__ __forceinline__ void StoreTransposed(const Info& info, int begin, const Words& words,
-                                                  Stores stores, To to) const {
-    uint8_t* turned = m_.turned[threadIdx.x / 32 - 4];
-    // Pieces of 16 bytes, four a token, exchanged so that they do not meet in the banks.
-    const auto place = [&](int token, int piece) {
-      return turned + token * 64 + (piece ^ token / 2 % 4) * 16;
-    };
-    const int piece = Lane() % 4;
-    const bool wanted = stores(piece / 2);
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      StoreMatrices(place(8 * i + Lane() % 8, Lane() / 8), words[i]);
+  // The way of a warpgroup's results to rows of y, 64 values in each of kPlanes planes (tiles, or
+  // parts of h). Words [2 p] and [2 p + 1] are of the two halves of a warp's 16 rows in plane p,
+  // for 8 tokens each: two tokens of a row a word. The warps transpose a pass's together, in pieces
+  // of 16 bytes, so that neighbouring lanes store the values of a token.
+  template <int kPlanes>
+  class Exit {
+   public:
+    using Words = uint32_t[kElements / 4][2 * kPlanes];
+
+    // The values of plane p begin at begin[p] of a pair's row of `pitch` elements, and those from
+    // `end` on are not stored.
+    __device__ __forceinline__ Exit(DenseWideBlock& block, const Info& info, int64_t pitch,
+                                    const int64_t (&begin)[kPlanes], int64_t end) {
+      uint8_t* staged = block.m_.staged[Group()][0];
+      const int thread = threadIdx.x % 128, piece = thread % kPieces;
+      const int own = 2 * Warp() + Lane() / 8 % 2;
+      write_ = staged + (kPlanes == 1 ? Place(Lane() / 16 * 8 + Lane() % 8, own)
+                                      : Place(Lane() % 8, Lane() / 16 * 8 + own));
+      token_ = thread / kPieces;
+      read_ = staged + Place(token_, piece);
+      const int64_t column = (piece < 8 ? begin[0] : begin[kPlanes - 1]) + piece % 8 * 8;
+      y_ = static_cast<uint8_t*>(block.args_.y) + 2 * column;
+      pitch_ = static_cast<uint32_t>(2 * pitch);
+      pair_ = info.pair + token_;
+      stored_ = column < end ? info.count - token_ : 0;
     }
-    __syncwarp();
+
+    // Of a pass whose first token is `begin`.
+    __device__ __forceinline__ void Store(const DenseWideBlock& block, int begin,
+                                          const Words& words) const {
+      // Of two buffers in turn, who fills one has met all that have emptied it.
+      const int buffer =
+          Shape::kBuffers == 1 ? 0 : begin / Shape::kPass % 2 * (Shape::kPass * 256);
+      if (Shape::kBuffers == 1) block.GroupMeets();
+      if constexpr (kPlanes == 1) {
+        const uint32_t all[4] = {words[0][0], words[0][1], words[1][0], words[1][1]};
+        StoreMatrices(write_ + buffer, all);
+      } else {
+        StoreMatrices(write_ + buffer, words[0]);
+        StoreMatrices(write_ + buffer + 8 * kPieces * 16, words[1]);
+      }
+      uint8_t* row[kPlanes];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int token = 8 * i + Lane() / 4;
-      const uint4 values = *reinterpret_cast<const uint4*>(place(token, piece));
-      auto* row = reinterpret_cast<uint4*>(to(info.pair[begin + token], piece / 2));
-      if (wanted && begin + token < info.count) row[piece % 2] = values;
+      for (int i = 0; i < kPlanes; ++i) {
+        const uint32_t pair = pair_[begin + kStep * i];
+        row[i] = y_ + static_cast<uint64_t>(pair) * pitch_;
+      }
+      block.GroupMeets();
+#pragma unroll
+      for (int i = 0; i < kPlanes; ++i) {
+        const uint4 values =
+            *reinterpret_cast<const uint4*>(read_ + buffer + kStep * kPieces * 16 * i);
+        if (begin + kStep * i < stored_) *reinterpret_cast<uint4*>(row[i]) = values;
+      }
     }
-  }
+
+   private:
+    static constexpr int kPieces = 8 * kPlanes, kStep = 128 / kPieces;
+    static_assert(kStep % 8 == 0 && kStep * kPlanes == Shape::kPass);
+    // Pieces are exchanged so that they do not meet in the banks.
+    static __device__ __forceinline__ int Place(int token, int piece) {
+      return (token * kPieces + (piece ^ token % 8)) * 16;
+    }
+
+    uint8_t *write_, *y_;
+    const uint8_t* read_;
+    const int32_t* pair_;
+    uint32_t pitch_;
+    int token_, stored_;
+  };
 
   // Four 8 x 8 matrices of 16-bit values, of which a lane gives two of a column each, to rows of 16
   // bytes, the addresses of which eight lanes give for each.
@@ -433,7 +521,7 @@ class DenseWideBlock {
     return FirstRow(info.band, 2 * Group() + tile);
   }
 
-  __device__ __forceinline__ void StoreSums(const Info& info) const {
+  __device__ __forceinline__ void StoreSums(const Info& info) {
     switch (args_.y_type) {
       case Element::kF32:
         return StoreSumsAs<float, float2>(info);
@@ -445,44 +533,46 @@ class DenseWideBlock {
   }
 
   template <typename Y, typename Y2>
-  __device__ __forceinline__ void StoreSumsAs(const Info& info) const {
+  __device__ __forceinline__ void StoreSumsAs(const Info& info) {
+    if constexpr (sizeof(Y) == 2) {
+      if (params_.stores_eight) return StoreEights<Y2>(info, info.factor);
+    }
     const int rows[2] = {TileRow(info, 0), TileRow(info, 1)};
-    ForPasses(info, [&](int begin, const Pass& pass) {
-      if constexpr (sizeof(Y) == 2) {
-        if (params_.stores_eight) {
-          Words words;
-#pragma unroll
-          for (int i = 0; i < kElements; i += 2) {
-#pragma unroll
-            for (int tile = 0; tile < 2; ++tile) {
-              words[i / 4][2 * tile + i / 2 % 2] =
-                  PackTwo<Y2>(pass.Sum(tile, i), pass.Sum(tile, i + 1));
-            }
-          }
-          return StoreEights<Y>(info, begin, words, rows);
-        }
-      }
+    ForPasses(info.count, [&](int begin, const float (&sum)[2][kElements]) {
+      const Factors factor(info.factor + begin);
 #pragma unroll
       for (int tile = 0; tile < 2; ++tile) {
 #pragma unroll
         for (int i = 0; i < kElements; ++i) {
-          StoreOne<Y>(info, begin, i, rows[tile], pass.Sum(tile, i));
+          StoreOne<Y>(info, begin, i, rows[tile], sum[tile][i] * factor[i]);
         }
       }
     });
   }
 
-  // The warp's 16 rows of each of two tiles, to y.
-  template <typename Y>
-  __device__ __forceinline__ void StoreEights(const Info& info, int begin, const Words& words,
-                                              const int (&rows)[2]) const {
-    const auto row = [&](int tile) { return (tile == 0 ? rows[0] : rows[1]) + 16 * Warp(); };
-    StoreTransposed(
-        info, begin, words,
-        [&](int tile) { return row(tile) + Lane() % 2 * 8 < args_.rows; },
-        [&](int pair, int tile) {
-          return static_cast<Y*>(args_.y) + RowBegin(pair) + row(tile);
-        });
+  // Sums times the tokens' factors. Unrolled: there is little to do for a pass.
+  template <typename Y2>
+  __device__ __forceinline__ void StoreEights(const Info& info, const float* factors) {
+    GroupMeets();  // the buffers are free, also where the last item was short
+    const Exit<2> exit(*this, info, args_.y_pitch, {TileRow(info, 0), TileRow(info, 1)},
+                       args_.rows);
+#pragma unroll
+    for (int pass = 0; pass < Shape::kTokens / Shape::kPass; ++pass) {
+      const int begin = pass * Shape::kPass;
+      if (begin >= info.count) break;
+      const Factors factor(factors + begin);
+      typename Exit<2>::Words words;
+#pragma unroll
+      for (int i = 0; i < kElements; i += 2) {
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+          const float* sum = sum_[tile] + pass * kElements + i;
+          words[i / 4][2 * tile + i / 2 % 2] =
+              PackTwo<Y2>(sum[0] * factor[i], sum[1] * factor[i + 1]);
+        }
+      }
+      exit.Store(*this, begin, words);
+    }
   }
 
   // Element i of a tile that begins at `row`. Eight lanes have consecutive rows.
@@ -495,57 +585,37 @@ class DenseWideBlock {
     static_cast<Y*>(args_.y)[RowBegin(info.pair[token]) + row] = static_cast<Y>(value);
   }
 
-  // f16 times a power of two that brings the largest magnitude of 64 columns to 2^14 .. 2^15.
-  __device__ __forceinline__ void StoreScaled(const Info& info) const {
-    FindMaxima<0>(info);
-    FindMaxima<1>(info);
+  // f16 times a power of two that brings the largest magnitude of 128 columns to 2^14 .. 2^15.
+  __device__ __forceinline__ void StoreScaled(const Info& info) {
+    FindMaxima(info);
     GroupMeets();
     StoreScales(info);
-    GroupMeets();
-    const int rows[2] = {TileRow(info, 0), TileRow(info, 1)};
-    ForPasses(info, [&](int begin, const Pass& pass) {
-      Words words;
-#pragma unroll
-      for (int i = 0; i < kElements; i += 4) {
-#pragma unroll
-        for (int tile = 0; tile < 2; ++tile) {
-          const float2 inverse =
-              *reinterpret_cast<const float2*>(m_.inverses[Group()][tile] + begin + Token(i));
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const int at = i + 2 * r;
-            words[i / 4][2 * tile + r] = PackTwo<half2>(pass.Sum(tile, at) * inverse.x,
-                                                           pass.Sum(tile, at + 1) * inverse.y);
-          }
-        }
-      }
-      StoreEights<half>(info, begin, words, rows);
-    });
+    StoreEights<half2>(info, m_.factors[Group()]);
   }
 
   // From the maxima: a thread has a token.
-  __device__ __forceinline__ void StoreScales(const Info& info) const {
-    const int64_t groups = (args_.rows + 63) / 64;
+  __device__ __forceinline__ void StoreScales(const Info& info) {
+    const int row = TileRow(info, 0);
+    const int64_t groups = (args_.rows + kDenseWideScaleColumns - 1) / kDenseWideScaleColumns;
     for (int token = threadIdx.x % 128; token < info.count; token += 128) {
-      float* scales = args_.y_scales + info.pair[token] * groups;
-#pragma unroll
-      for (int tile = 0; tile < 2; ++tile) {
-        const uint4 of = *reinterpret_cast<const uint4*>(m_.maxima[Group()][tile][token / 2]);
-        const uint32_t both = __vmaxu2(__vmaxu2(of.x, of.y), __vmaxu2(of.z, of.w));
-        const int max = token % 2 == 0 ? both & 0xffff : both >> 16;
-        // With the exponents' bias of 127.
-        const int scale = max == 0 ? 127 : ::max((max >> 7) - 14, 1);
-        m_.inverses[Group()][tile][token] = __int_as_float((254 - scale) << 23);
-        const int row = TileRow(info, tile);
-        if (row < args_.rows) scales[row / 64] = __int_as_float(scale << 23);
-      }
+      const uint4 of = *reinterpret_cast<const uint4*>(m_.maxima[Group()][token / 2]);
+      const uint32_t both = MaxTwo(MaxTwo(of.x, of.y), MaxTwo(of.z, of.w));
+      const float max = fmaxf(__uint_as_float(token % 2 == 0 ? both << 16 : both & 0xffff0000u) *
+                                  fabsf(info.factor[token]),
+                              0.0f);
+      // With the exponents' bias of 127.
+      const int scale = max == 0 ? 127 : ::max((__float_as_int(max) >> 23) - 14, 1);
+      m_.factors[Group()][token] = info.factor[token] * __int_as_float((254 - scale) << 23);
+      if (row >= args_.rows) continue;
+      args_.y_scales[info.pair[token] * groups + row / kDenseWideScaleColumns] =
+          __int_as_float(scale << 23);
     }
   }
 
-  // The largest magnitudes over the warp's 16 rows, the high halves of two tokens' float32
-  // together. Finite or infinite: they leave NaN out. Several at a time, as exchanges take long.
-  template <int kTile>
-  __device__ __forceinline__ void FindMaxima(const Info& info) const {
+  // The largest magnitudes over the warp's 2 x 16 rows, of two tokens together. Rounded to bf16,
+  // which costs the scale one bit at most; NaN is left out. Several at a time, as exchanges take
+  // long.
+  __device__ __forceinline__ void FindMaxima(const Info& info) {
     constexpr int kEights = Shape::kTokens / 8, kBatch = 6;
     static_assert(kEights % kBatch == 0);
 #pragma unroll
@@ -554,13 +624,9 @@ class DenseWideBlock {
       uint32_t max[kBatch];
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        const float* sum = sum_[kTile] + 4 * (first + i);
-        const float2 factor =
-            *reinterpret_cast<const float2*>(info.factor + 8 * (first + i) + Token(0));
-        const float one = fmaxf(fabsf(sum[0] * factor.x), fabsf(sum[2] * factor.x));
-        const float two = fmaxf(fabsf(sum[1] * factor.y), fabsf(sum[3] * factor.y));
-        max[i] = __byte_perm(__float_as_uint(fmaxf(one, 0.0f)), __float_as_uint(fmaxf(two, 0.0f)),
-                             0x7632);
+        const float *a = sum_[0] + 4 * (first + i), *b = sum_[1] + 4 * (first + i);
+        max[i] = MaxTwo(MaxTwo(Magnitudes(a[0], a[1]), Magnitudes(a[2], a[3])),
+                        MaxTwo(Magnitudes(b[0], b[1]), Magnitudes(b[2], b[3])));
       }
 #pragma unroll
       for (int d = 4; d < 32; d *= 2) {
@@ -568,57 +634,97 @@ class DenseWideBlock {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) other[i] = __shfl_xor_sync(0xffffffffu, max[i], d);
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) max[i] = __vmaxu2(max[i], other[i]);
+        for (int i = 0; i < kBatch; ++i) max[i] = MaxTwo(max[i], other[i]);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (Lane() < 4) {
-          m_.maxima[Group()][kTile][4 * (first + i) + Lane()][Warp()] = max[i];
-        }
+        if (Lane() < 4) m_.maxima[Group()][4 * (first + i) + Lane()][Warp()] = max[i];
       }
     }
+  }
+  static __device__ __forceinline__ uint32_t Magnitudes(float a, float b) {
+    return PackTwo<__nv_bfloat162>(a, b) & 0x7fff7fffu;
+  }
+  static __device__ __forceinline__ uint32_t MaxTwo(uint32_t a, uint32_t b) {
+    uint32_t max;
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(max) : "r"(a), "r"(b));
+    return max;
   }
 
   // Of a pair of gate and up, or of tile kTile of up alone. Columns of h past the end are zeros:
   // the next product reads whole chunks.
   template <Activation kActivation, int kTile>
-  __device__ __forceinline__ void StoreActivated(const Info& info) const {
+  __device__ __forceinline__ void StoreActivated(const Info& info) {
     const int begin_row = TileRow(info, kTile);
-    if (begin_row >= (args_.h_pair ? args_.y_pitch : args_.rows)) return;
+    if (begin_row >= (args_.h_parts > 0 ? args_.y_pitch : args_.rows)) return;
+    if (args_.h_parts == 0) {
+      ForActivated<kActivation, kTile>(
+          info, begin_row, [&](int begin, const float (&h)[kElements]) {
+#pragma unroll
+            for (int i = 0; i < kElements; ++i) StoreOne<float>(info, begin, i, begin_row, h[i]);
+          });
+    } else if (args_.h_parts == 1) {
+      StoreParts<kActivation, kTile, 1>(info, begin_row);
+    } else {
+      StoreParts<kActivation, kTile, 2>(info, begin_row);
+    }
+  }
+
+  // Calls f(first token, values of h) for all passes.
+  template <Activation kActivation, int kTile, typename F>
+  __device__ __forceinline__ void ForActivated(const Info& info, int begin_row, F f) const {
     const int rows = static_cast<int>(args_.rows);
     const RowFinish finish[2] = {{args_, info.expert, min(begin_row + Row(0), rows - 1)},
                                  {args_, info.expert, min(begin_row + Row(2), rows - 1)}};
-    ForPasses(info, [&](int begin, const Pass& pass) {
+    ForPasses(info.count, [&](int begin, const float (&sum)[2][kElements]) {
       float h[kElements];
+      if (params_.plain) {
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        h[i] = finish[i / 2 % 2].template Activate<kActivation>(args_, pass.Sum(0, i),
-                                                                pass.Sum(kTile, i));
-        if (begin_row + Row(i) >= rows) h[i] = 0;
+        for (int i = 0; i < kElements; ++i) {
+          h[i] = FastActivate<kActivation>(sum[0][i], sum[kTile][i], args_.limit, args_.beta,
+                                           args_.linear_beta);
+        }
+      } else {
+        const Factors factor(info.factor + begin);
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+          h[i] = finish[i / 2 % 2].template Activate<kActivation>(args_, sum[0][i] * factor[i],
+                                                                  sum[kTile][i] * factor[i]);
+        }
       }
-      if (args_.h_pair) return StorePair(info, begin, begin_row, h);
+      if (begin_row + 64 > rows) {
 #pragma unroll
-      for (int i = 0; i < kElements; ++i) StoreOne<float>(info, begin, i, begin_row, h[i]);
+        for (int i = 0; i < kElements; ++i) {
+          if (begin_row + Row(i) >= rows) h[i] = 0;
+        }
+      }
+      f(begin, h);
     });
   }
 
-  __device__ __forceinline__ void StorePair(const Info& info, int begin, int begin_row,
-                                            const float (&h)[kElements]) const {
-    Words words;
+  template <Activation kActivation, int kTile, int kHParts>
+  __device__ __forceinline__ void StoreParts(const Info& info, int begin_row) {
+    GroupMeets();  // as in StoreEights
+    int64_t begins[kHParts];
 #pragma unroll
-    for (int i = 0; i < kElements; i += 2) {
-      const uint32_t high = PackTwo<__nv_bfloat162>(h[i], h[i + 1]);
-      const float2 rounded = __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&high));
-      words[i / 4][i / 2 % 2] = high;
-      words[i / 4][2 + i / 2 % 2] =
-          PackTwo<__nv_bfloat162>(h[i] - rounded.x, h[i + 1] - rounded.y);
-    }
-    StoreTransposed(
-        info, begin, words, [](int) { return true; },
-        [&](int pair, int part) {
-          return static_cast<__nv_bfloat16*>(args_.y) + 2 * RowBegin(pair) +
-                 part * args_.y_pitch + begin_row + 16 * Warp();
-        });
+    for (int part = 0; part < kHParts; ++part) begins[part] = begin_row + part * args_.y_pitch;
+    const Exit<kHParts> exit(*this, info, kHParts * args_.y_pitch, begins,
+                             kHParts * args_.y_pitch);
+    ForActivated<kActivation, kTile>(info, begin_row, [&](int begin, const float (&h)[kElements]) {
+      typename Exit<kHParts>::Words words;
+#pragma unroll
+      for (int i = 0; i < kElements; i += 2) {
+        const uint32_t high = PackTwo<__nv_bfloat162>(h[i], h[i + 1]);
+        words[i / 4][i / 2 % 2] = high;
+        if constexpr (kHParts == 2) {
+          const float2 rounded =
+              __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&high));
+          words[i / 4][2 + i / 2 % 2] =
+              PackTwo<__nv_bfloat162>(h[i] - rounded.x, h[i + 1] - rounded.y);
+        }
+      }
+      exit.Store(*this, begin, words);
+    });
   }
 
   template <typename Y2>
@@ -636,8 +742,7 @@ class DenseWideBlock {
   const DenseWideArgs& args_;
   Memory& m_;
   const int cluster_, rank_;
-  const int64_t tiles_, steps_, items_;
-  const int chunks_;
+  const int tiles_, steps_, items_, chunks_;
   float sum_[2][Shape::kTokens / 2] = {};
 };
 

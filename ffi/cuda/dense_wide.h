@@ -14,7 +14,7 @@ namespace jax_moe::cuda {
 // of y that share a scale.
 constexpr int kDenseWideTokens = 144;
 constexpr int kDenseWideRows = 256;
-constexpr int kDenseWideScaleColumns = 64;
+constexpr int kDenseWideScaleColumns = 128;
 
 // Either y[p, n] = weight_p * (W x), or, with `activate`, h[p, n] = act(gate x, up x).
 struct DenseWideArgs {
@@ -29,15 +29,16 @@ struct DenseWideArgs {
   int64_t pairs;
   Lists lists;               // tiles of kDenseWideTokens, an even number where an expert has several
   const float* pair_weight;  // null: 1; activate: multiplies gate and up, before scale and bias
-  void* y;                   // [pairs, y_pitch]; activate: float32, or h_pair
+  void* y;                   // [pairs, y_pitch]; activate: float32, or h_parts
   int64_t y_pitch;
   Element y_type;
   // Not with `activate`: y is f16, aligned to 16 bytes, with rows and a pitch that are multiples of 8,
-  // and these, [pairs, (rows + 63) / 64], undo the scaling of every 64 columns. Null: y is not scaled.
+  // and these, [pairs, (rows + 127) / 128], undo the scaling of every 128 columns. Null: y is not
+  // scaled.
   float* y_scales;
   // With `activate` only.
   bool activate;
-  bool h_pair;  // h is written as kBF16Pair, y_pitch columns with their padding
+  int32_t h_parts;  // h is kBF16 (1) or kBF16Pair (2), y_pitch columns with their padding
   Projection projection[2];
   Activation activation;
   float limit, beta, linear_beta;

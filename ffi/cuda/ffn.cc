@@ -15,15 +15,21 @@ SortArgs ListsOf(const Ffn& ffn, int tile_tokens) {
           EvenTiles(tile_tokens)};
 }
 
-// How activations of this type are prepared for a weight, in `memory`.
-PreparedRows PrepareFor(const Ffn& ffn, const Weight& weight, Element type, int64_t rows,
-                        int64_t columns, uint8_t* memory) {
-  if (!weight.tiled) {
-    const bool dense_wide = ffn.DenseWide(weight);
-    return {ChooseLayout(weight, type, ffn.variant, ffn.Tile(), dense_wide), rows, columns, memory};
-  }
-  return {TiledLayout(ffn.TiledTile()), rows, columns, memory,
-          ffn.variant == Variant::kScalarGguf};
+// How x is prepared for gate or up, and h for down.
+PreparedRows PrepareX(const Ffn& ffn, const Weight& weight) {
+  const bool rounds = weight.tiled && ffn.variant == Variant::kScalarGguf;
+  const Layout layout = weight.tiled ? TiledLayout(ffn.TiledTile())
+                                     : ChooseLayout(weight, ffn.type, ffn.variant, ffn.Tile(),
+                                                    ffn.DenseWide(weight));
+  return {layout, ffn.tokens, ffn.d_model, ffn.memory + ffn.layout.x, rounds};
+}
+PreparedRows PrepareH(const Ffn& ffn) {
+  const Weight& down = ffn.down;
+  const bool rounds = down.tiled && ffn.variant == Variant::kScalarGguf;
+  const Layout layout = down.tiled ? TiledLayout(ffn.TiledTile())
+                                   : ChooseHiddenLayout(down, ffn.type, ffn.variant, ffn.Tile(),
+                                                        ffn.DenseWide(down));
+  return {layout, ffn.pairs, ffn.d_expert, ffn.memory + ffn.layout.h, rounds};
 }
 
 cudaError_t RunDown(const Ffn& ffn, const PreparedRows& h, cudaStream_t stream) {
@@ -151,10 +157,10 @@ class Products {
     }
     args.activate = true;
     // What is scaled by a row's maximum waits for all of the row.
-    args.h_pair = h.layout == Layout::kBF16Pair;
+    args.h_parts = h.layout == Layout::kBF16 ? 1 : h.layout == Layout::kBF16Pair ? 2 : 0;
     const Activations to = ViewPrepared(h);
-    args.y = args.h_pair ? const_cast<void*>(to.values) : ffn_.Values();
-    args.y_pitch = args.h_pair ? to.pitch : ffn_.d_expert;
+    args.y = args.h_parts > 0 ? const_cast<void*>(to.values) : ffn_.Values();
+    args.y_pitch = args.h_parts > 0 ? to.pitch : ffn_.d_expert;
     args.pair_weight = ffn_.weights_before ? ffn_.weights : nullptr;
     args.projection[0] = ffn_.gate_projection;
     args.projection[1] = ffn_.up_projection;
@@ -163,7 +169,7 @@ class Products {
     args.beta = ffn_.beta;
     args.linear_beta = ffn_.linear_beta;
     status = LaunchDenseWide(args, stream_);
-    if (status != cudaSuccess || args.h_pair) return status;
+    if (status != cudaSuccess || args.h_parts > 0) return status;
     return LaunchPrepare(ffn_.Values(), Element::kF32, h, stream_);
   }
 
@@ -232,8 +238,7 @@ bool FusesDense(const Ffn& ffn, const Weight& up) {
 cudaError_t RunGateAndUp(const Ffn& ffn, int64_t columns, Products& products, cudaStream_t stream) {
   std::optional<Layout> prepared;
   const auto run = [&](const Weight& weight, const Weight* second, int64_t column) {
-    const PreparedRows x =
-        PrepareFor(ffn, weight, ffn.type, ffn.tokens, ffn.d_model, ffn.memory + ffn.layout.x);
+    const PreparedRows x = PrepareX(ffn, weight);
     if (prepared != x.layout) {
       const cudaError_t status = LaunchPrepare(ffn.x, ffn.type, x, stream);
       if (status != cudaSuccess) return status;
@@ -254,11 +259,9 @@ cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream) {
   const bool gated = ffn.gate.has_value();
   const int64_t columns = gated ? 2 * ffn.d_expert : ffn.d_expert;
   Products products(ffn, stream);
-  const PreparedRows h = PrepareFor(ffn, ffn.down, Element::kF32, ffn.pairs, ffn.d_expert,
-                                    ffn.memory + ffn.layout.h);
+  const PreparedRows h = PrepareH(ffn);
   const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
-  const PreparedRows x =
-      PrepareFor(ffn, up, ffn.type, ffn.tokens, ffn.d_model, ffn.memory + ffn.layout.x);
+  const PreparedRows x = PrepareX(ffn, up);
   cudaError_t status;
   if (ffn.fuses) {
     status = products.RunActivated(gated && !ffn.merged ? &*ffn.gate : nullptr, up, x, h);

@@ -10,7 +10,10 @@
 namespace jax_moe::cuda {
 
 __device__ __forceinline__ float FastSigmoid(float x) {
-  return __fdividef(1.0f, 1.0f + __expf(-x));
+  float power, result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.4426950408889634f));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(1.0f + power));
+  return result;
 }
 
 template <Activation kActivation>

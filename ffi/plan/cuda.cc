@@ -150,6 +150,8 @@ Kernel CudaKernel(bool is_ffn, Variant variant, int format, bool packed, int x_t
     kernel.name = "cuda_wgmma_dense";
     kernel.tile_rows = kCudaDenseWideShape.rows;
     kernel.tile_tokens = kCudaDenseWideShape.tokens;
+    // h is rounded to bf16 like y.
+    if (is_ffn && format == kBF16 && x_type == kBF16) kernel.error_bound *= 2;
     return kernel;
   }
   const bool rounds = variant == Variant::kScalarGguf;
