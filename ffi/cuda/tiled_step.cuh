@@ -101,8 +101,8 @@ __device__ __forceinline__ void MultiplyStage(const uint8_t* stage, StepOfX& x, 
 
 // Adds the products of the ring's next step, 256 columns from `column` on. first: the band's sums
 // begin. x: of the step; becomes that of the step at `next_column`, not past the end.
-template <typename Format>
-__device__ __forceinline__ void MultiplyStep(WarpRing<Format>& ring, StepOfX& x, bool first,
+template <typename Format, typename Ring>
+__device__ __forceinline__ void MultiplyStep(Ring& ring, StepOfX& x, bool first,
                                              int column, int next_column, int columns,
                                              BandSums& sums) {
   const auto& stage = ring.Wait();
