@@ -1,4 +1,4 @@
-"""moe_ffn of few tokens with tiled weights on an NVIDIA GPU, a layer in one launch where it can be."""
+"""moe_ffn of few tokens with tiled weights on an NVIDIA GPU: one launch where that is possible."""
 
 import dataclasses
 
@@ -129,7 +129,7 @@ def test_rows_that_are_not_finite_stay_alone(tokens):
 
 
 def test_many_layers_at_once():
-    """Independent layers in one program, which may run on several streams: none waits for another."""
+    """Independent layers in one program, which may run on several streams at once."""
     count = 24
     problems = [problem(("Q4_K",) * 3, (1 + i % 4, 6, 2, 512, 512), seed=i) for i in range(count)]
     arguments = [p[:3] for p in problems]

@@ -1,5 +1,5 @@
-// Launches with attributes. Most may begin while the kernel before them in the stream ends, on devices
-// that can: the kernel calls WaitForEarlierKernels (hopper.cuh).
+// Launches with attributes. Most may begin while the kernel before them in the stream ends, on
+// devices that can: the kernel calls WaitForEarlierKernels (hopper.cuh).
 #pragma once
 
 #include <cuda_runtime_api.h>

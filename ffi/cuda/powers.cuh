@@ -7,8 +7,8 @@
 namespace jax_moe::cuda {
 
 // The exponent of the power that brings a row's largest magnitude, of which these are the bits, to
-// 2^14 .. 2^15. The power and its inverse are normal float32. Rows that are not finite stay as they are,
-// so that it shows in the result.
+// 2^14 .. 2^15. The power and its inverse are normal float32. Rows that are not finite stay as they
+// are, so that it shows in the result.
 __device__ __forceinline__ int ExponentOfBits(uint32_t max) {
   const int biased = static_cast<int>(max >> 23);
   return max == 0 || biased == 255 ? 0 : min(127 + 14 - biased, 126);

@@ -18,6 +18,8 @@ cudaError_t LaunchTiledLayer(const TiledLayerKernel& kernel, const plan::CudaLay
   args.matrix[2] = args.down.matrix;
   args.log_tokens = args.down.tokens > 1 ? 1 : 0;
   args.x_warps = plan::kCudaLayerWarps / args.down.tokens;
+  args.x_units = args.up.columns / (args.x_type == Element::kF32 ? 4 : 8);
+  args.inverse_x_warps = 1.0f / static_cast<float>(args.x_warps);
   args.x_pitch = static_cast<int32_t>(shape.x_pitch);
   args.x_bytes = static_cast<int32_t>(shape.x_bytes);
   args.sum_bytes = static_cast<int32_t>(shape.sum_bytes);

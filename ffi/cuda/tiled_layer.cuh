@@ -1,17 +1,17 @@
-// A whole layer for up to 32 pairs of few tokens in one cooperative kernel.
+// A whole layer for up to 4 tokens and 32 pairs in one cooperative kernel, Hopper's.
 //
-// With so few tokens little of the time is the memory's: launches, prologues and the first bytes'
-// way add up. Here the weights are on their way as soon as the ids are known, and keep coming until
-// the last ones of down are there.
+// With so few tokens launches, prologues and the first bytes' way add up to more than the memory's
+// time. Here weights are on their way as soon as the ids are known, and keep coming until the last
+// ones of down are there.
 //
-// A block of 16 warps a multiprocessor. Each prepares x for itself in shared memory. It has every
-// gridDim.x-th item, a tile of tokens and 16 rows of gate and up, and of down every gridDim.x-th 16
-// columns of y, for all tiles. A group is 16 rows of one matrix of one expert; the steps of all groups
-// of a block, 256 columns each, are shared out evenly among its warps, whose bytes come through a ring
-// in shared memory across the borders of groups and from up to down. The block adds what its warps
-// found of each group in their order, and h goes to global memory. Then all blocks wait for each other
-// (that they run at the same time is what a cooperative launch is for), with their rings full of down's
-// weights, and the same steps make y.
+// A block of 16 warps a multiprocessor, each of which prepares x for itself in shared memory. A
+// block has every gridDim.x-th item, a tile of one or two tokens and 16 rows of gate and up, and of
+// down every gridDim.x-th 16 columns of y, for all tiles. A group is 16 rows of one matrix of one
+// expert. The steps of all groups of a block, 256 columns each, are shared out evenly among its
+// warps; their bytes come through a ring a warp, across the borders of groups and from up to down.
+// The block adds what its warps found of each group, in their order, and h goes to global memory.
+// Then all blocks wait for each other (a cooperative launch runs them at the same time), with rings
+// full of down's weights, and the same steps make y.
 #pragma once
 
 #include <cooperative_groups.h>
@@ -62,7 +62,7 @@ class LayerWarp {
   using Shape = TiledLayerShape<Up, Down>;
   using Memory = typename Shape::Memory;
 
-  // x, sums: see TiledLayerBytes.
+  // more: x, sums and pairs' results (plan::CudaLayerShape).
   __device__ __forceinline__ LayerWarp(const TiledLayerArgs& args, Memory& memory, uint8_t* more)
       : args_(args),
         m_(memory),
@@ -72,8 +72,9 @@ class LayerWarp {
         bands_(args.up.rows / Shape::kRows),
         pairs_(args.down.tokens * args.down.top_k),
         id_(lane_ < pairs_ ? args.down.expert_ids[lane_] : -1),
-        x_row_(RowOfX()),
+        x_row_(Quotient(warp_, args.inverse_x_warps)),
         x_unit_(threadIdx.x - 32 * args.x_warps * x_row_),
+        x_end_(x_row_ < args.down.tokens ? args.x_units : 0),
         x_first_{LoadX(x_unit_), LoadX(x_unit_ + 32 * args.x_warps)},
         ring_(memory.warp[warp_].ring, memory.warp[warp_].full),
         tiles_(id_, args.down.experts, args.log_tokens, memory.warp[warp_].tiles),
@@ -114,8 +115,8 @@ class LayerWarp {
     return static_cast<int>((static_cast<float>(n) + 0.5f) * inverse_of_d);
   }
 
-  // Groups of equally many steps, one after another, and how many a warp has of the steps: the first
-  // `chunk`, the next, and so on.
+  // Groups of equally many steps, one after another, and how many a warp has of the steps: the
+  // first `chunk`, the next, and so on.
   struct Spread {
     int total, chunk;
     float inverse_chunk;
@@ -139,9 +140,9 @@ class LayerWarp {
   };
   __device__ __forceinline__ Walk Begin(int phase) const {
     const Spread spread = SpreadOf(phase);
-    const int begin = warp_ * spread.chunk, group = Quotient(begin, args_.rows[phase].inverse_steps);
-    return {min(spread.chunk, spread.total - begin), group,
-            begin - group * args_.rows[phase].steps, true};
+    const auto& rows = args_.rows[phase];
+    const int begin = warp_ * spread.chunk, group = Quotient(begin, rows.inverse_steps);
+    return {min(spread.chunk, spread.total - begin), group, begin - group * rows.steps, true};
   }
 
   // 16 rows from 16 * band on.
@@ -182,8 +183,8 @@ class LayerWarp {
     return true;
   }
 
-  // Of pair lane: what FindFactors needs, to shared memory, so that no other load is waited for with
-  // these.
+  // Of pair lane: what FindFactors needs, to shared memory, so that no other load is waited for
+  // with these.
   __device__ __forceinline__ void FetchOfPair() {
     if (tiles_.Place(lane_) != LayerTiles::kNone) {
       const auto fetch = [&](int i, const float* from) {
@@ -200,20 +201,12 @@ class LayerWarp {
     CommitCopies();
   }
 
-  __device__ __forceinline__ int RowOfX() const {
-    int row = 0;
-    for (int warp = warp_ - args_.x_warps; warp >= 0; warp -= args_.x_warps) ++row;
-    return row;
-  }
   // x is prepared in units of 16 bytes, eight values or four of float32. A row belongs to
-  // args_.x_warps warps, whose lanes have every so many-th unit. Loads come late once weights are on
-  // their way, so each thread's first two units are loaded before.
-  __device__ __forceinline__ int UnitsOfX() const {
-    return args_.up.columns / (args_.x_type == Element::kF32 ? 4 : 8);
-  }
+  // args_.x_warps warps, whose lanes have every so many-th unit. Loads come late once weights are
+  // on their way, so each thread's first two units are loaded before.
   __device__ __forceinline__ uint4 LoadX(int unit) const {
-    if (x_row_ >= args_.down.tokens || unit >= UnitsOfX()) return {};
-    return static_cast<const uint4*>(args_.x)[x_row_ * UnitsOfX() + unit];
+    if (unit >= x_end_) return {};
+    return static_cast<const uint4*>(args_.x)[x_row_ * args_.x_units + unit];
   }
   struct Eight {
     float v[8];
@@ -239,9 +232,8 @@ class LayerWarp {
   // f(unit, its values) for the units of this thread.
   template <typename F>
   __device__ __forceinline__ void ForEachUnit(F f) const {
-    const int units = x_row_ < args_.down.tokens ? UnitsOfX() : 0;
 #pragma unroll 1
-    for (int n = 0, unit = x_unit_; unit < units; ++n, unit += 32 * args_.x_warps) {
+    for (int n = 0, unit = x_unit_; unit < x_end_; ++n, unit += 32 * args_.x_warps) {
       uint4 bits = n == 0 ? x_first_[0] : x_first_[1];
       if (n > 1) bits = LoadX(unit);
       f(unit, ToFloat(bits));
@@ -299,9 +291,7 @@ class LayerWarp {
       const int exponent = ExponentOfX(token);
       float squares = lane_ < args_.x_warps ? m_.squares[token * args_.x_warps + lane_] : 0.0f;
 #pragma unroll
-      for (int d = Shape::kWarps / 2; d > 0; d /= 2) {
-        squares += __shfl_xor_sync(0xffffffffu, squares, d);
-      }
+      for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, d);
       if (token == own) known.scale = PowerOfTwo(-exponent), known.norm = 1.001f * sqrtf(squares);
     }
     WaitCopies<0>();
@@ -318,7 +308,8 @@ class LayerWarp {
 
   // x or h of this lane's token of a tile, or of another where there is none.
   __device__ __forceinline__ const half* RowOf(int phase, int tile) const {
-    const int pair = tiles_.Pair(tile, StepOfTwo::Token() < tiles_.Count(tile) ? StepOfTwo::Token() : 0);
+    const int token = StepOfTwo::Token();
+    const int pair = tiles_.Pair(tile, token < tiles_.Count(tile) ? token : 0);
     if (phase == 1) return args_.down.h + pair * args_.down.h_pitch;
     return x_ + TokenOf(pair) * args_.x_pitch;
   }
@@ -363,8 +354,9 @@ class LayerWarp {
     }
   }
 
-  // A group's sums of each warp have places of their own: 2^log_tokens times 16 for each warp's part
-  // of a group, and a warp has as many parts more than there are groups as there are warps before it.
+  // A group's sums of each warp have places of their own: 2^log_tokens times 16 for each warp's
+  // part of a group, and a warp has as many parts more than there are groups as there are warps
+  // before it.
   __device__ __forceinline__ float* Sums(int group, int warp) const {
     return sums_ + (group + warp << args_.log_tokens) * Shape::kRows;
   }
@@ -451,7 +443,7 @@ class LayerWarp {
   Memory& m_;
   const int warp_, lane_, matrices_, bands_, pairs_;
   const int id_;  // of pair lane
-  const int x_row_, x_unit_;
+  const int x_row_, x_unit_, x_end_;  // of this thread: a row of x, its first unit, the row's end
   const uint4 x_first_[2];
   typename Shape::Ring ring_;
   LayerTiles tiles_;
@@ -468,9 +460,11 @@ class LayerWarp {
 template <typename Up, typename Down>
 __global__ void __launch_bounds__(32 * plan::kCudaLayerWarps, 1)
     TiledLayer(const __grid_constant__ TiledLayerArgs args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   extern __shared__ __align__(128) uint8_t shared[];
   using Memory = typename TiledLayerShape<Up, Down>::Memory;
   LayerWarp<Up, Down>(args, *reinterpret_cast<Memory*>(shared), shared + sizeof(Memory)).Run();
+#endif
 }
 
 }  // namespace jax_moe::cuda

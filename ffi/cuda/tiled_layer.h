@@ -16,6 +16,7 @@ struct TiledLayerArgs {
   TiledMatrix matrix[3];  // gate, up, down
   int32_t log_tokens;     // of a tile: 0 or 1
   int32_t x_warps;        // that prepare a row of x
+  int32_t x_units;        // of 16 bytes, a row of x
   int32_t x_pitch;        // of prepared x
   int32_t x_bytes, sum_bytes;
   // Of gate and up, and of down.
@@ -24,7 +25,7 @@ struct TiledLayerArgs {
     int32_t columns, steps, stage_bytes, band_bytes;  // of 16 rows
     float inverse_steps;
   } rows[2];
-  float inverse_bands, inverse_blocks;  // of gate's bands and of the grid
+  float inverse_bands, inverse_blocks, inverse_x_warps;  // of gate's bands, of the grid
 };
 
 struct TiledLayerKernel {
@@ -33,8 +34,8 @@ struct TiledLayerKernel {
   int stage_bytes[2];  // 256 columns of 16 rows of gate and up, and of down
 };
 
-// The kernel for gate and up of ggml_type `up` and down of `down`, all tiled; null where there is none:
-// formats differ in few of the ways that files mix them.
+// The kernel for gate and up of ggml_type `up` and down of `down`, all tiled; null where there is
+// none: formats differ in few of the ways that files mix them.
 const TiledLayerKernel* FindTiledLayer(int up, int down);
 
 cudaError_t LaunchTiledLayer(const TiledLayerKernel& kernel, const plan::CudaLayerShape& shape,

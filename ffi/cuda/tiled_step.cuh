@@ -34,11 +34,11 @@ class StepOfX {
 
   // What is loaded from now on is of another token.
   __device__ __forceinline__ void MoveTo(const half* x_row) {
-    from_ = x_row + 8 * (threadIdx.x % 4);
+    from_ = x_row + (columns_ > 0 ? 8 * (threadIdx.x % 4) : 0);
   }
 
   // From `column` on. Past the end weights are zeros, and any activations of the row will do: what
-  // pads it may not be finite.
+  // pads it may not be finite. A lane without a unit even in the first chunk takes another's.
   __device__ __forceinline__ void Load(int chunk, int column) {
     column += 128 * chunk;
     const auto* from = reinterpret_cast<const uint4*>(from_ + (column < columns_ ? column : 0));

@@ -1,16 +1,17 @@
-// What a warp does with 16 rows and 256 columns of tiled weights that have come, for one or two tokens.
+// What a warp does with 16 rows and 256 columns of tiled weights that have come, for one or two
+// tokens.
 //
 // A tensor-core product has eight columns. Here they are not eight tokens but the four units of a
-// chunk with two tokens each: column 2 u + i has the activations of token i where they belong to unit
-// u, and zeros elsewhere. So products of different units stay apart, and scales and offsets are
-// applied to the units' sums, in float32. The operand is made of the packed fields alone: integers
-// times a power of two, exact in f16.
+// chunk with two tokens each: column 2 u + i has the activations of token i where they belong to
+// unit u, and zeros elsewhere. So products of different units stay apart, and scales and offsets
+// are applied to the units' sums, in float32. The operand is made of the packed fields alone:
+// integers times a power of two, exact in f16.
 //
 // Products take columns in pairs 2 i and 2 i + 2 of eight, whose fields stand at equal places more
 // often than those of neighbours: TwoTokenPlace.
 //
-// With g = lane / 4 and t = lane % 4, a lane has unit t of rows g and g + 8 (tiled_unit.cuh), its sums
-// of both tokens, and activations where g / 2 = t.
+// With g = lane / 4 and t = lane % 4, a lane has unit t of rows g and g + 8 (tiled_unit.cuh), its
+// sums of both tokens, and activations where g / 2 = t.
 #pragma once
 
 #include <utility>
@@ -41,11 +42,14 @@ class ExactUnit {
   float scale[kGroups], offset[kGroups];
 
   // Units past the chunk's end have a scale of zero.
+  template <bool kWhole>
   __device__ __forceinline__ void Load(const uint8_t* atom, const Place& at) {
     uint32_t s[Tiled::kScaleWords] = {};
-    const bool exists = Tiled::kChunks == 2 || at.unit < at.units;
+    const bool exists = kWhole || at.unit < at.units;
+    if (!kWhole) {
 #pragma unroll
-    for (int i = 0; i < Fields::kWords; ++i) q_[i] = 0;
+      for (int i = 0; i < Fields::kWords; ++i) q_[i] = 0;
+    }
     if (exists) Tiled::Load(atom, at, q_, s);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
@@ -62,13 +66,13 @@ class ExactUnit {
     }
   }
 
-  // Whether fields of odd pairs all stand at the second of two places, and those of even ones at the
-  // first: these have sums of their own, so that no field has to be moved.
+  // Whether fields of odd pairs all stand at the second of two places, and those of even ones at
+  // the first: these have sums of their own, so that no field has to be moved.
   static constexpr bool kKeepsPlaces = Fields::kPositions == 2 && Fields::kShifts == 0 &&
                                        Alternates(std::make_integer_sequence<int, 16>());
 
-  // The integers of weights 2 i and 2 i + 1 times 2^kExponent, and, with kKeepsPlaces, their place's
-  // power of two.
+  // The integers of weights 2 i and 2 i + 1 times 2^kExponent, and, with kKeepsPlaces, their
+  // place's power of two.
   template <int i>
   __device__ __forceinline__ uint32_t Pair() const {
     constexpr int kMoved = Fields::kShift * Fields::template kPosition<i>;
@@ -120,8 +124,8 @@ __device__ __forceinline__ void MultiplyEverySecond(float (&sum)[4], const Unit&
   }
 }
 
-// Adds the products of a group of the units, times 2^kExponent, to total: rows g and g + 8, tokens 0 and
-// 1 each.
+// Adds the products of a group of the units, times 2^kExponent, to total: rows g and g + 8, tokens
+// 0 and 1 each.
 template <int kGroup, typename Format>
 __device__ __forceinline__ void MultiplyGroup(float (&total)[4], const ExactUnit<Format>& low,
                                               const ExactUnit<Format>& high,
@@ -150,8 +154,8 @@ __device__ __forceinline__ void MultiplyGroup(float (&total)[4], const ExactUnit
   }
 }
 
-// A lane's activations of a step, in Layout::kF16Narrow but for TwoTokenPlace; each chunk's are loaded as soon as those of
-// the step before have been used.
+// A lane's activations of a step, in Layout::kF16Narrow but for TwoTokenPlace; each chunk's are
+// loaded as soon as those of the step before have been used.
 class StepOfTwo {
  public:
   uint32_t v[2][16] = {};
@@ -166,11 +170,11 @@ class StepOfTwo {
 
   // What is loaded from now on is of another token.
   __device__ __forceinline__ void MoveTo(const half* x_row) {
-    from_ = x_row + 8 * (threadIdx.x % 4);
+    from_ = x_row + (columns_ > 0 ? 8 * (threadIdx.x % 4) : 0);
   }
 
-  // From `column` on. Past the end scales are zeros, and any activations of the row will do: what pads
-  // it may not be finite.
+  // From `column` on. Past the end scales are zeros, and any activations of the row will do: what
+  // pads it may not be finite. A lane without a unit even in the first chunk takes another's.
   __device__ __forceinline__ void Load(int chunk, int column) {
     column += 128 * chunk;
     const half* from = from_ + (column < columns_ ? column : 0);
@@ -197,29 +201,48 @@ class StepOfTwo {
   int columns_;  // from this lane's unit on
 };
 
-// Adds the products of a step of a band, 256 columns from `column` on of so many. x: of the step; becomes
-// that of the step at `next_column`.
-template <typename Format>
+// kWhole: all units of both chunks are there.
+template <typename Format, bool kWhole>
 __device__ __forceinline__ void MultiplyTwoTokens(const uint8_t* weights, StepOfTwo& x, int column,
                                                   int next_column, int columns,
                                                   float (&total)[4]) {
   using Tiled = TiledUnit<Format>;
+  using Unit = ExactUnit<Format>;
+  constexpr int kChunkBytes = 128 / Format::kBlock * tiled::Sizes<Format>::kBytes * 16;
+  // Both chunks are loaded first where registers allow it.
+  constexpr bool kAhead = kWhole && Unit::Fields::kWords <= 4 && !Format::kHasOffset;
   const int lane = threadIdx.x % 32;
+  Unit low[2], high[2];
+  const auto units = [&](int c) { return kWhole ? 4 : min(4, (columns - column) / 32 - 4 * c); };
+  const auto load = [&](int c) {
+    const uint8_t* atom = Tiled::kChunks == 2 ? weights : weights + c * kChunkBytes;
+    typename Tiled::Place place = {units(c), Tiled::kChunks == 2 ? c : 0, lane / 4, lane % 4};
+    low[c].template Load<kWhole>(atom, place);
+    place.row += 8;
+    high[c].template Load<kWhole>(atom, place);
+  };
+  if (kAhead) load(0), load(1);
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    const int units = Tiled::kChunks == 2 ? 4 : min(4, (columns - column) / 32 - 4 * c);
-    if (units > 0) {
-      constexpr int kChunkBytes = 128 / Format::kBlock * tiled::Sizes<Format>::kBytes * 16;
-      const uint8_t* atom = Tiled::kChunks == 2 ? weights : weights + c * kChunkBytes;
-      typename Tiled::Place place = {units, Tiled::kChunks == 2 ? c : 0, lane / 4, lane % 4};
-      ExactUnit<Format> low, high;
-      low.Load(atom, place);
-      place.row += 8;
-      high.Load(atom, place);
-      MultiplyGroup<0>(total, low, high, x.v[c]);
-      if constexpr (ExactUnit<Format>::kGroups == 2) MultiplyGroup<1>(total, low, high, x.v[c]);
+    if (kWhole || units(c) > 0) {
+      if (!kAhead) load(c);
+      MultiplyGroup<0>(total, low[c], high[c], x.v[c]);
+      if constexpr (Unit::kGroups == 2) MultiplyGroup<1>(total, low[c], high[c], x.v[c]);
     }
     x.Load(c, next_column);
+  }
+}
+
+// Adds the products of a step of a band, 256 columns from `column` on of so many. x: of the step;
+// becomes that of the step at `next_column`.
+template <typename Format>
+__device__ __forceinline__ void MultiplyTwoTokens(const uint8_t* weights, StepOfTwo& x, int column,
+                                                  int next_column, int columns,
+                                                  float (&total)[4]) {
+  if (TiledUnit<Format>::kChunks == 2 || column + 256 <= columns) {
+    MultiplyTwoTokens<Format, true>(weights, x, column, next_column, columns, total);
+  } else {
+    MultiplyTwoTokens<Format, false>(weights, x, column, next_column, columns, total);
   }
 }
 
