@@ -32,7 +32,7 @@ PreparedRows PrepareH(const Ffn& ffn) {
   return {layout, ffn.pairs, ffn.d_expert, ffn.memory + ffn.layout.h, rounds};
 }
 
-cudaError_t RunDown(const Ffn& ffn, const PreparedRows& h, cudaStream_t stream) {
+TiledDownArgs DownOf(const Ffn& ffn, const PreparedRows& h) {
   const Weight& down = ffn.down;
   const Activations prepared = ViewPrepared(h);
   TiledDownArgs args = {};
@@ -51,7 +51,45 @@ cudaError_t RunDown(const Ffn& ffn, const PreparedRows& h, cudaStream_t stream) 
   args.y = ffn.y;
   args.y_pitch = ffn.d_model;
   args.y_type = ffn.type;
-  return LaunchTiledDown(*FindTiledKernels(down.format), args, stream);
+  return args;
+}
+
+// gate and up, both tiled alike, and the activation: to h, prepared for a tiled down projection.
+TiledArgs ActivatedOf(const Ffn& ffn, const Activations& x, const Lists& lists,
+                      const PreparedRows& h) {
+  const bool two = ffn.gate.has_value() && !ffn.merged;
+  const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
+  TiledArgs args = TiledProduct(up, x, ffn.top_k, lists);
+  args.matrix[1] = args.matrix[0];
+  if (two) args.matrix[0].data = ffn.gate->data, args.matrix[0].aux = ffn.gate->aux;
+  if (ffn.merged) {
+    args.rows = static_cast<int32_t>(ffn.d_expert);
+    args.matrix[1].data += ffn.d_expert * up.row_bytes;
+    args.matrix[1].aux += 2 * ffn.d_expert;
+  }
+  const Activations to = ViewPrepared(h);
+  args.y = const_cast<void*>(to.values);
+  args.y_pitch = to.pitch;
+  args.h_scales = const_cast<float*>(to.scales);
+  args.activate = true;
+  args.gated = ffn.gate.has_value();
+  args.pair_weight = ffn.weights_before ? ffn.weights : nullptr;
+  args.projection[0] = ffn.gate_projection;
+  args.projection[1] = ffn.up_projection;
+  args.activation = ffn.activation;
+  args.limit = ffn.limit;
+  args.beta = ffn.beta;
+  args.linear_beta = ffn.linear_beta;
+  return args;
+}
+
+cudaError_t RunLayer(const Ffn& ffn, const PreparedRows& h, cudaStream_t stream) {
+  TiledLayerArgs args = {};
+  args.up = ActivatedOf(ffn, {}, {}, h);
+  args.down = DownOf(ffn, h);
+  args.x = ffn.x;
+  args.x_type = ffn.type;
+  return LaunchTiledLayer(*ffn.layer, *ffn.layer_shape, args, stream);
 }
 
 // One product of the pairs with one or two weight matrices of one format; y is [pairs, y_pitch].
@@ -102,10 +140,8 @@ class Products {
     return RunTiled(down, h, /*pairs_a_row=*/1, y, ffn_.d_model, y_scales);
   }
 
-  // x prepared, gate and up, both tiled alike, and the activation: h, prepared for a tiled down
-  // projection.
-  cudaError_t RunActivated(const Weight* gate, const Weight& up, const PreparedRows& x,
-                           const PreparedRows& h) {
+  // x prepared and ActivatedOf.
+  cudaError_t RunActivated(const Weight& up, const PreparedRows& x, const PreparedRows& h) {
     const TiledKernel& kernel = ChooseTiledKernel(up, ffn_.TiledTile());
     Lists lists = {};
     cudaError_t status;
@@ -117,28 +153,7 @@ class Products {
       lists = CurrentLists();
     }
     if (status != cudaSuccess) return status;
-    TiledArgs args = TiledProduct(up, ViewPrepared(x), ffn_.top_k, lists);
-    args.matrix[1] = args.matrix[0];
-    if (gate != nullptr) args.matrix[0].data = gate->data, args.matrix[0].aux = gate->aux;
-    if (ffn_.merged) {
-      args.rows = static_cast<int32_t>(ffn_.d_expert);
-      args.matrix[1].data += ffn_.d_expert * up.row_bytes;
-      args.matrix[1].aux += 2 * ffn_.d_expert;
-    }
-    const Activations to = ViewPrepared(h);
-    args.y = const_cast<void*>(to.values);
-    args.y_pitch = to.pitch;
-    args.h_scales = const_cast<float*>(to.scales);
-    args.activate = true;
-    args.gated = ffn_.gate.has_value();
-    args.pair_weight = ffn_.weights_before ? ffn_.weights : nullptr;
-    args.projection[0] = ffn_.gate_projection;
-    args.projection[1] = ffn_.up_projection;
-    args.activation = ffn_.activation;
-    args.limit = ffn_.limit;
-    args.beta = ffn_.beta;
-    args.linear_beta = ffn_.linear_beta;
-    return LaunchTiled(kernel, args, stream_);
+    return LaunchTiled(kernel, ActivatedOf(ffn_, ViewPrepared(x), lists, h), stream_);
   }
 
   // The same of dense gate and up, for a down projection of any kind.
@@ -260,14 +275,15 @@ cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream) {
   const int64_t columns = gated ? 2 * ffn.d_expert : ffn.d_expert;
   Products products(ffn, stream);
   const PreparedRows h = PrepareH(ffn);
+  if (ffn.layer_shape) return RunLayer(ffn, h, stream);
   const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
   const PreparedRows x = PrepareX(ffn, up);
   cudaError_t status;
   if (ffn.fuses) {
-    status = products.RunActivated(gated && !ffn.merged ? &*ffn.gate : nullptr, up, x, h);
+    status = products.RunActivated(up, x, h);
     // Down and the sum are one.
     if (status == cudaSuccess && FewPairs(ffn.pairs, ffn.TiledTile())) {
-      return RunDown(ffn, h, stream);
+      return LaunchTiledDown(*FindTiledKernels(ffn.down.format), DownOf(ffn, h), stream);
     }
   } else if (FusesDense(ffn, up)) {
     status = products.RunDenseActivated(ffn.gate ? &*ffn.gate : nullptr, up, x, h);

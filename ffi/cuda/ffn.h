@@ -6,6 +6,7 @@
 #include "ffi/cuda/check.h"
 #include "ffi/cuda/dispatch.h"
 #include "ffi/cuda/prepare.h"
+#include "ffi/cuda/tiled_layer.h"
 
 namespace jax_moe::cuda {
 
@@ -22,6 +23,9 @@ struct Ffn {
   Weight down;
   bool merged, weights_before;
   bool fuses;  // plan::CudaFuses
+  // Where one kernel does it all.
+  const TiledLayerKernel* layer;
+  std::optional<plan::CudaLayerShape> layer_shape;
   Variant variant;
   Projection gate_projection, up_projection, down_projection;
   Activation activation;
@@ -39,7 +43,7 @@ struct Ffn {
   bool DenseWide(const Weight& weight) const { return UsesDenseWide(weight, pairs); }
 };
 
-// Lists, prepared tokens, gate and up, prepared h, down, the sum over slots.
+// Lists, prepared tokens, gate and up, prepared h, down, the sum over slots; or all in one.
 cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream);
 
 }  // namespace jax_moe::cuda

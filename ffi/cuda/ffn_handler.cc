@@ -8,6 +8,13 @@ namespace {
 
 constexpr const char* kOp = "jax_moe_ffn";
 
+// The kernel for a whole layer, null where there is none. Formats as in plan::FfnProblem.
+const TiledLayerKernel* FindLayer(int gate, int up, int down) {
+  if (up < 0) up = gate;
+  if (!IsHopper() || !plan::IsTiled(up) || !plan::IsTiled(down)) return nullptr;
+  return FindTiledLayer(up & ~kTiledFormat, down & ~kTiledFormat);
+}
+
 ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::RemainingRets results,
                ffi::Dictionary attributes) {
   Checker check(kOp);
@@ -40,6 +47,11 @@ ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remaining
   ffn.merged = call.merged;
   ffn.weights_before = call.weights_before;
   ffn.fuses = plan::CudaFuses(call.problem);
+  ffn.layer = FindLayer(call.problem.gate_format, call.problem.up_format, call.problem.down_format);
+  if (ffn.layer != nullptr) {
+    ffn.layer_shape = plan::ChooseCudaLayer(call.problem, call.tokens, Multiprocessors(),
+                                            ffn.layer->memory_bytes, IsHopper());
+  }
   ffn.variant = call.problem.variant;
   const int64_t gate_rows = (ffn.merged ? 2 : 1) * ffn.d_expert;
   ffn.gate_projection = {call.gate_scale, call.gate_bias, gate_rows};
@@ -59,13 +71,16 @@ ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remaining
 }
 
 ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary attributes) {
+  int formats[3], i = 0;
   for (const char* name : {"gate_format", "up_format", "down_format"}) {
     const auto format = attributes.get<int32_t>(name);
     if (!format.has_value()) return format.error();
+    formats[i++] = format.value();
     const cudaError_t status = ConfigureFormat(format.value());
     if (status != cudaSuccess) return CudaError(kOp, status);
   }
-  return ffi::Error::Success();
+  const TiledLayerKernel* layer = FindLayer(formats[0], formats[1], formats[2]);
+  return CudaError(kOp, layer == nullptr ? cudaSuccess : ConfigureTiledLayer(*layer));
 }
 
 }  // namespace

@@ -36,4 +36,19 @@ cudaError_t LaunchEarly(const void* kernel, dim3 grid, int threads, size_t share
   return cudaLaunchKernelExC(&config, kernel, parameters);
 }
 
+cudaError_t LaunchTogether(const void* kernel, unsigned blocks, int threads, size_t shared_bytes,
+                           cudaStream_t stream, void** parameters) {
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelExC(&config, kernel, parameters);
+}
+
 }  // namespace jax_moe::cuda

@@ -1,5 +1,5 @@
-// Launches that may begin while the kernel before them in the stream ends, on devices that can: the
-// kernel calls WaitForEarlierKernels (hopper.cuh).
+// Launches with attributes. Most may begin while the kernel before them in the stream ends, on
+// devices that can: the kernel calls WaitForEarlierKernels (hopper.cuh).
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,6 +15,11 @@ int Multiprocessors();
 // `cluster` consecutive blocks form a cluster: a divisor of the grid, and 1 but on Hopper.
 cudaError_t LaunchEarly(const void* kernel, dim3 grid, int threads, size_t shared_bytes,
                         cudaStream_t stream, void** parameters, int cluster = 1);
+
+// A cooperative launch: all blocks run at the same time, so that they may wait for each other; an
+// error where the device has no room for them. It begins after all earlier kernels of the stream.
+cudaError_t LaunchTogether(const void* kernel, unsigned blocks, int threads, size_t shared_bytes,
+                           cudaStream_t stream, void** parameters);
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t LaunchClusters(void (*kernel)(Parameters...), int cluster, dim3 grid, int threads,

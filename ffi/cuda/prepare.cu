@@ -31,16 +31,6 @@ __device__ int RowExponent(float max) {
   return min(14 - ilogbf(max), 126);
 }
 
-// RowExponent from the bits of `max`, and the power of two: few instructions, for those of a short
-// kernel come from memory too.
-__device__ __forceinline__ int ExponentOfBits(uint32_t max) {
-  const int biased = static_cast<int>(max >> 23);
-  return max == 0 || biased == 255 ? 0 : min(127 + 14 - biased, 126);
-}
-__device__ __forceinline__ float PowerOfTwo(int exponent) {  // -126 .. 127
-  return __int_as_float((127 + exponent) << 23);
-}
-
 // A row in one of the tiled layouts, whose rows have a norm. Warps measure their columns with
 // exponents of their own, so that they have to wait for each other once only.
 template <int kThreads, typename Rows>
@@ -93,7 +83,7 @@ __device__ __forceinline__ void PrepareTiledRow(const Rows& rows, const Activati
     const int index = base + threadIdx.x;
     const Group group = base == 0 ? first : load(index);
     const uint4 packed = PackTiled(layout, group, factor);
-    if (index < groups) values[TiledPlace(index)] = packed;
+    if (index < groups) values[PlaceOfGroup(index)] = packed;
   }
   if (threadIdx.x >= 32) return;
   // A warp of zeros has a smaller exponent than its row may have.

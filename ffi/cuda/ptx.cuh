@@ -14,6 +14,12 @@ __device__ __forceinline__ void CopyAsync16(void* shared, const void* global, in
                : "memory");
 }
 
+// Copies 4 bytes.
+__device__ __forceinline__ void CopyAsync4(void* shared, const void* global) {
+  const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(global) : "memory");
+}
+
 __device__ __forceinline__ void CommitCopies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 }

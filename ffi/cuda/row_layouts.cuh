@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "ffi/cuda/powers.cuh"
 #include "ffi/cuda/prepare.h"
 #include "ffi/cuda/row_sources.cuh"
 #include "ffi/cuda/split.cuh"
@@ -120,7 +121,7 @@ __device__ __forceinline__ uint4 PackTiled(Layout layout, const Group& group, fl
   const uint4 packed = PackGroup(group, factor);
   return layout == Layout::kF16Wide ? TransposeUnits(packed) : packed;
 }
-__device__ __forceinline__ int TiledPlace(int index) {
+__device__ __forceinline__ int PlaceOfGroup(int index) {
   return index / 16 * 16 + index % 4 * 4 + index % 16 / 4;
 }
 

@@ -3,6 +3,7 @@
 
 #include <cuda_fp16.h>
 
+#include "ffi/cuda/powers.cuh"
 #include "ffi/cuda/store.cuh"
 #include "ffi/cuda/tiled_activation.cuh"
 #include "ffi/cuda/tiled_gemm.h"
@@ -49,10 +50,10 @@ struct BoundOfH {
 
 // h of a pair is at most 2^b: the product's magnitude by Cauchy and Schwarz from the norms of x and
 // of the rows, through the activation; there are no biases, or the activation's limit bounds h alone.
-// Returns the power of two that brings h to 2^15 at most and writes its inverse; NaN where x is not
-// finite.
+// Returns the power of two that brings h to 2^15 at most and writes its inverse, where it is wanted;
+// NaN where x is not finite.
 __device__ __forceinline__ float ScaleOfH(const TiledArgs& args, const BoundOfH& known, int expert,
-                                          int pair, bool write) {
+                                          float* inverse) {
   int exponent;
   if (args.activation == Activation::kSwigluOai) {
     exponent = BoundExponent(fmaxf(args.limit, 1.0f)) + BoundExponent(fabsf(args.limit) + 1);
@@ -67,10 +68,14 @@ __device__ __forceinline__ float ScaleOfH(const TiledArgs& args, const BoundOfH&
     if (args.gated) exponent += bound(0);
     if (args.activation == Activation::kRelu2) exponent *= 2;
   }
-  exponent = max(-126, min(exponent - 15, 127));
+  exponent = max(-126, min(exponent - 15, 126));  // a finite h is below 2^128
   const bool finite = known.norm < INFINITY && fabsf(known.weight) < INFINITY;
-  if (write) args.h_scales[pair] = finite ? ldexpf(1.0f, exponent) : NAN;
-  return finite ? ldexpf(1.0f, -exponent) : 0.0f;
+  if (inverse != nullptr) *inverse = finite ? PowerOfTwo(exponent) : NAN;
+  return finite ? PowerOfTwo(-exponent) : 0.0f;
+}
+__device__ __forceinline__ float ScaleOfH(const TiledArgs& args, const BoundOfH& known, int expert,
+                                          int pair, bool write) {
+  return ScaleOfH(args, known, expert, write ? args.h_scales + pair : nullptr);
 }
 __device__ __forceinline__ float ScaleOfH(const TiledArgs& args, int expert, int pair, bool write) {
   BoundOfH known;

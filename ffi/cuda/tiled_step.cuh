@@ -34,11 +34,12 @@ class StepOfX {
 
   // What is loaded from now on is of another token.
   __device__ __forceinline__ void MoveTo(const half* x_row) {
-    from_ = x_row + 8 * (threadIdx.x % 4);
+    from_ = x_row + (columns_ > 0 ? 8 * (threadIdx.x % 4) : 0);
   }
 
   // From `column` on. Past the end weights are zeros, and any activations of the row will do: what
-  // pads it may not be finite. kWhole: the row's columns are a multiple of 256.
+  // pads it may not be finite. A lane without a unit even in the first chunk takes another's.
+  // kWhole: the row's columns are a multiple of 256.
   template <bool kWhole = false>
   __device__ __forceinline__ void Load(int chunk, int column) {
     column += 128 * chunk;
@@ -104,8 +105,8 @@ __device__ __forceinline__ void MultiplyStage(const uint8_t* stage, StepOfX& x, 
 // Adds the products of the ring's next step, 256 columns from `column` on. first: the band's sums
 // begin. x: of the step; becomes that of the step at `next_column`, not past the end, if that is
 // not negative.
-template <typename Format>
-__device__ __forceinline__ void MultiplyStep(WarpRing<Format>& ring, StepOfX& x, bool first,
+template <typename Format, typename Ring>
+__device__ __forceinline__ void MultiplyStep(Ring& ring, StepOfX& x, bool first,
                                              int column, int next_column, int columns,
                                              BandSums& sums) {
   const auto& stage = ring.Wait();

@@ -199,6 +199,42 @@ bool CudaFuses(const FfnProblem& problem) {
          (bounded || !problem.biased);
 }
 
+std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t tokens,
+                                              int64_t multiprocessors, int64_t kernel_bytes,
+                                              bool hopper) {
+  // The kernel divides by means of float32, exactly below these.
+  constexpr int64_t kMostColumns = 1 << 15, kMostItems = 512;
+  constexpr int64_t kRows = 16;  // of a band
+  const FfnShape& shape = problem.shape;
+  const int64_t pairs = tokens * shape.top_k;
+  // E2M1 codes take hardly fewer instructions than in the kernels for up to 8 tokens, which have
+  // less to do at 4 tokens (gpt-oss: 88 us against 89).
+  const int up = (problem.up_format >= 0 ? problem.up_format : problem.gate_format) & ~kTiledFormat;
+  const int64_t most = up == MXFP4::kType || up == NVFP4::kType ? 2 : kCudaLayerTokens;
+  if (!hopper || !CudaFuses(problem) || tokens < 1 || tokens > most ||
+      pairs > kCudaLayerPairs || shape.d_expert == 0 ||
+      std::max(shape.d_model, shape.d_expert) > kMostColumns) {
+    return std::nullopt;
+  }
+  const auto share = [](int64_t n, int64_t of) { return (n + of - 1) / of; };
+  const int64_t items = pairs * (shape.d_expert / kRows), bands = shape.d_model / kRows;
+  CudaLayerShape result;
+  result.blocks = std::min(multiprocessors, std::max(items, bands));
+  const int64_t block_items = share(items, result.blocks);
+  const int64_t block_bands = share(bands, result.blocks);
+  if (block_items > kMostItems) return std::nullopt;
+  // 64 bytes more, so that two rows' units are in different banks.
+  result.x_pitch = RoundUp(shape.d_model, 128) + 32;
+  result.x_bytes = 2 * tokens * result.x_pitch;
+  // A warp leaves the sums of 16 rows of a tile for each part of a band that it has.
+  const int64_t parts = std::max(2 * block_items, pairs * block_bands) + kCudaLayerWarps;
+  result.sum_bytes = parts * 4 * kRows * std::min<int64_t>(tokens, 2);
+  const int64_t done_bytes = block_bands * kCudaLayerPairs * 4 * kRows;
+  result.shared_bytes = kernel_bytes + result.x_bytes + result.sum_bytes + done_bytes;
+  if (result.shared_bytes > CudaSharedLimit(90)) return std::nullopt;
+  return result;
+}
+
 CudaGemmLayout LayoutCudaGemm(const GemmProblem& problem, int64_t tokens) {
   const GemmShape& shape = problem.shape;
   const int64_t pairs = tokens * shape.top_k;

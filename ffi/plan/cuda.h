@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "ffi/plan/plan.h"
 
@@ -54,6 +55,20 @@ int ChooseCudaLogSplits(int64_t k);
 // reads it, and gate and up are stored nowhere. Rounding h to q8_1 needs its rows first, and so does
 // scaling h where nothing bounds it.
 bool CudaFuses(const FfnProblem& problem);
+
+// The kernel for a whole layer of few tokens (ffi/cuda/tiled_layer.cuh), Hopper's: one block a
+// multiprocessor, and what it has in shared memory: the kernel's own, x, sums, pairs' results.
+inline constexpr int64_t kCudaLayerWarps = 16, kCudaLayerTokens = 4, kCudaLayerPairs = 32;
+struct CudaLayerShape {
+  int64_t blocks;
+  int64_t x_pitch;  // values
+  int64_t x_bytes, sum_bytes, shared_bytes;
+};
+
+// None where a layer takes several launches. kernel_bytes: the kernel's own.
+std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t tokens,
+                                              int64_t multiprocessors, int64_t kernel_bytes,
+                                              bool hopper);
 
 // The fewest tokens a tile, which bounds the number of tiles.
 inline constexpr int64_t kCudaMinTileTokens = 4;
