@@ -310,6 +310,22 @@ def test_preferred_element_type(y_dtype):
         assert_close(y, expected, cases.bound(y_dtype))
 
 
+# Tiles of 96 tokens; tiles of 64, with blocks that go through several panels of weight rows.
+@pytest.mark.parametrize("shape", ((1280, 40, 2, 208), (2048, 128, 2, 1152)))
+@pytest.mark.parametrize("name", ("Q4_K", "Q6_K", "MXFP4"))
+@pytest.mark.parametrize("y_dtype", ("float32", "bfloat16"))
+def test_panels(name, y_dtype, shape):
+    tokens, experts, top_k, n = shape
+    weight, exact = random_weights(name, experts, n, 256)
+    rng = np.random.default_rng(5)
+    routing = oracle.random_routing(rng, tokens, experts, top_k)
+    x = oracle.normal(rng, (tokens, 256))
+    ids = jax_moe.sort_by_expert(routing.expert_ids, experts)[:2]
+    options = {"top_k": top_k, "preferred_element_type": jnp.dtype(y_dtype)}
+    (y,) = run_twice(lambda *a: [gemm(*a, **options)], x, weight.prepack(), *ids)
+    assert_close(y, expected_gemm(x, exact, *ids, top_k), cases.bound(y_dtype))
+
+
 def test_no_tokens():
     weight = random_weights("Q4_K", 2, 32, 256)[0].prepack()
     none = jnp.zeros(0, jnp.int32)
@@ -398,6 +414,14 @@ def test_ffn(name, dtype, variant):
     problems = [ffn_problem((name,) * 3, shape, dtype) for shape in shapes]
     bound = 2 * oracle.Q8_1_BOUND if variant else ffn_bound(dtype)
     check_ffn(tiled(problems), bound, variant=variant)
+
+
+@pytest.mark.parametrize(
+    "name, shape", (("Q4_K", (1280, 40, 2, 256, 256)), ("MXFP4", (2048, 128, 2, 128, 640)))
+)
+def test_ffn_in_panels(name, shape):
+    """As test_panels, with an activation."""
+    check_ffn(tiled([ffn_problem((name,) * 3, shape, "float16")]), ffn_bound("float16"))
 
 
 @pytest.mark.parametrize("names", (("gate",), ("up", "down"), ("down",), ("gate", "up", "down")))

@@ -90,6 +90,7 @@ def tiled_ffn(tokens: int, dtype=jnp.float16, experts: int = 64):
         (192, 64, "cuda_tiled_mma", (16, 8)),
         (320, 64, "cuda_tiled_wgmma", (128, 32)),
         (1280, 64, "cuda_tiled_wgmma", (128, 64)),
+        (2048, 64, "cuda_tiled_wgmma", (128, 96)),
         (8000, 64, "cuda_tiled_wgmma", (256, 128)),
         # Blocks of larger tiles would be few.
         (500, 4, "cuda_tiled_wgmma", (128, 32)),

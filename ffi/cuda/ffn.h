@@ -38,7 +38,7 @@ struct Ffn {
   float* Values() const { return reinterpret_cast<float*>(memory + layout.values); }
   plan::CudaTile Tile() const { return plan::ChooseCudaTile(pairs, experts); }
   plan::CudaTiledTile TiledTile() const {
-    return plan::ChooseCudaTiledTile(pairs, experts, d_model, IsHopper());
+    return plan::ChooseCudaTiledTile(pairs, experts, d_model, d_expert, IsHopper());
   }
   bool DenseWide(const Weight& weight) const { return UsesDenseWide(weight, pairs); }
 };

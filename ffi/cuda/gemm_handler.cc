@@ -32,8 +32,8 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
   const auto ints = [&](int64_t offset) { return reinterpret_cast<int32_t*>(memory + offset); };
   const int32_t experts = static_cast<int32_t>(weight.experts);
   const plan::CudaTile tile = plan::ChooseCudaTile(pairs, weight.experts);
-  const plan::CudaTiledTile tiled_tile =
-      plan::ChooseCudaTiledTile(pairs, weight.experts, weight.rows, IsHopper());
+  const plan::CudaTiledTile tiled_tile = plan::ChooseCudaTiledTile(
+      pairs, weight.experts, weight.rows, weight.columns, IsHopper());
   const bool rounds = call.variant == Variant::kScalarGguf;
   const bool dense_wide = UsesDenseWide(weight, pairs);
   const Layout x_layout = weight.tiled

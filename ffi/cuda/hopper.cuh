@@ -167,6 +167,19 @@ struct WarpgroupF16<32> {
 };
 
 template <>
+struct WarpgroupF16<48> {
+  static __device__ __forceinline__ void Multiply(float* d, const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,"
+        "%20,%21,%22,%23}, "
+        "{%24,%25,%26,%27}, %28, 1, 1, 1, 0;"
+        : JM_D16(d, 0), JM_D4(d, 16), JM_D4(d, 20)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
 struct WarpgroupF16<64> {
   static __device__ __forceinline__ void Multiply(float* d, const uint32_t (&a)[4], uint64_t b) {
     asm volatile(
@@ -175,6 +188,20 @@ struct WarpgroupF16<64> {
         "%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, "
         "{%32,%33,%34,%35}, %36, 1, 1, 1, 0;"
         : JM_D16(d, 0), JM_D16(d, 16)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WarpgroupF16<80> {
+  static __device__ __forceinline__ void Multiply(float* d, const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n80k16.f32.f16.f16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,"
+        "%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,"
+        "%38,%39}, "
+        "{%40,%41,%42,%43}, %44, 1, 1, 1, 0;"
+        : JM_D16(d, 0), JM_D16(d, 16), JM_D4(d, 32), JM_D4(d, 36)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
 };
@@ -189,6 +216,21 @@ struct WarpgroupF16<96> {
         "%39,%40,%41,%42,%43,%44,%45,%46,%47}, "
         "{%48,%49,%50,%51}, %52, 1, 1, 1, 0;"
         : JM_D16(d, 0), JM_D16(d, 16), JM_D16(d, 32)
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  }
+};
+
+template <>
+struct WarpgroupF16<112> {
+  static __device__ __forceinline__ void Multiply(float* d, const uint32_t (&a)[4], uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n112k16.f32.f16.f16 {"
+        "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,"
+        "%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,"
+        "%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,"
+        "%55}, "
+        "{%56,%57,%58,%59}, %60, 1, 1, 1, 0;"
+        : JM_D16(d, 0), JM_D16(d, 16), JM_D16(d, 32), JM_D4(d, 48), JM_D4(d, 52)
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   }
 };

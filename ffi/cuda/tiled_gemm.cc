@@ -5,6 +5,7 @@
 
 #include "ffi/blocks/formats.h"
 #include "ffi/cuda/launch_early.h"
+#include "ffi/plan/cuda.h"
 
 namespace jax_moe::cuda {
 namespace {
@@ -62,8 +63,15 @@ cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t 
   const bool paired = args.activate && args.gated;
   const int64_t block_rows = paired ? kernel.block_rows / 2 : kernel.block_rows;
   const int64_t rows = args.activate && kernel.pads_rows ? args.y_pitch : args.rows;
-  const int64_t blocks = (rows + block_rows - 1) / block_rows;
+  int64_t blocks = (rows + block_rows - 1) / block_rows;
   if (blocks == 0 || args.lists.max_tiles == 0) return cudaSuccess;
+  if (kernel.places > 0) {
+    const int64_t panels = plan::ChooseCudaTiledPanels(
+        blocks, args.columns, args.lists.max_tiles, int64_t{kernel.places} * Multiprocessors());
+    args.panels = static_cast<int32_t>(panels);
+    args.all_panels = static_cast<int32_t>(blocks);
+    blocks = (blocks + panels - 1) / panels;
+  }
   const std::optional<dim3> grid = TileGrid(blocks, args.lists.max_tiles);
   if (!grid) return cudaErrorInvalidConfiguration;
   void* parameters[] = {&args};

@@ -29,6 +29,9 @@ struct TiledArgs {
   Activations x;  // kF16Narrow or kF16Wide
   int32_t pairs_a_row;
   Lists lists;
+  // Kernels with `places`: a block's panels, of block_rows weight rows, and all that there are.
+  // LaunchTiled's affair.
+  int32_t panels, all_panels;
   const float* pair_weight;  // null: 1; activate: multiplies gate and up, before scale and bias
   void* y;                   // activate: f16 [pairs, y_pitch] in x's layout
   int64_t y_pitch;
@@ -50,6 +53,7 @@ struct TiledKernel {
   int shared_bytes;
   bool pads_rows;  // writes zeros of h up to its pitch
   int blocks;      // a multiprocessor, of a persistent grid; 0: a block for every tile and band
+  int places;      // for blocks of a multiprocessor, if a block can have several block_rows; else 0
 };
 
 // Warps of a thread block, of which a multiprocessor of sm_90 takes twice as many, and blocks of a
@@ -76,7 +80,7 @@ struct TiledDownArgs {
 
 struct TiledKernels {
   TiledKernel narrow;   // 8 tokens, kF16Narrow
-  TiledKernel wide[3];  // 32, 64 and 128 tokens, kF16Wide; Hopper only
+  TiledKernel wide[4];  // 32, 64, 96 and 128 tokens, kF16Wide; Hopper only
   TiledKernel down;     // takes TiledDownArgs; threads and memory are the most of a block
   int down_warp_bytes;  // of shared memory, a warp
 };

@@ -4,20 +4,40 @@
 #include "ffi/cuda/tiled_down.cuh"
 #include "ffi/cuda/tiled_gemm.h"
 #include "ffi/cuda/tiled_narrow.cuh"
+#include "ffi/cuda/tiled_panels.cuh"
 #include "ffi/cuda/tiled_wide.cuh"
 
 namespace jax_moe::cuda {
 
 template <typename Format, int kTokens>
-TiledKernel DescribeTiledWide() {
-  using Shape = TiledWideShape<Format, kTokens>;
-  return {reinterpret_cast<const void*>(&TiledWide<Format, kTokens>),
+TiledKernel DescribeTiledPanels() {
+  using Shape = TiledPanelsShape<Format, kTokens>;
+  return {reinterpret_cast<const void*>(&TiledPanels<Format, kTokens>),
           Shape::kThreads,
           kTokens,
           16 * Shape::kBands,
           Shape::kSharedBytes,
           /*pads_rows=*/true,
-          /*blocks=*/0};
+          /*blocks=*/0,
+          /*places=*/Shape::kBlocks};
+}
+
+// For 128 tokens.
+template <typename Format>
+TiledKernel DescribeTiledWide() {
+  if constexpr (kPanelsForMost<Format>) {
+    return DescribeTiledPanels<Format, 128>();
+  } else {
+    using Shape = TiledWideShape<Format>;
+    return {reinterpret_cast<const void*>(&TiledWide<Format>),
+            Shape::kThreads,
+            Shape::kTokens,
+            16 * Shape::kBands,
+            Shape::kSharedBytes,
+            /*pads_rows=*/true,
+            /*blocks=*/0,
+            /*places=*/0};
+  }
 }
 
 template <typename Format>
@@ -26,11 +46,13 @@ const TiledKernels& Tiled() {
   using Down = TiledDownShape<Format>;
   static const TiledKernels kernels = {
       {reinterpret_cast<const void*>(&TiledNarrow<Format>), 32 * Narrow::kWarps, Narrow::kTokens,
-       Narrow::kRows, sizeof(NarrowMemory<Format>), /*pads_rows=*/false, Narrow::kBlocks},
-      {DescribeTiledWide<Format, 32>(), DescribeTiledWide<Format, 64>(),
-       DescribeTiledWide<Format, 128>()},
+       Narrow::kRows, sizeof(NarrowMemory<Format>), /*pads_rows=*/false, Narrow::kBlocks,
+       /*places=*/0},
+      {DescribeTiledPanels<Format, 32>(), DescribeTiledPanels<Format, 64>(),
+       DescribeTiledPanels<Format, 96>(), DescribeTiledWide<Format>()},
       {reinterpret_cast<const void*>(&TiledDown<Format>), 32 * kMostDownWarps, Narrow::kTokens,
-       Narrow::kRows, sizeof(typename Down::Memory), /*pads_rows=*/false, /*blocks=*/0},
+       Narrow::kRows, sizeof(typename Down::Memory), /*pads_rows=*/false, /*blocks=*/0,
+       /*places=*/0},
       sizeof(typename Down::Warp)};
   return kernels;
 }

@@ -1,4 +1,5 @@
-// Tiled weights times many tokens of an expert, on Hopper: bound by the tensor cores.
+// Tiled weights times tiles of 128 tokens of an expert, on Hopper: bound by the tensor cores.
+// tiled_panels.cuh has fewer tokens, and 128 where it is the faster one.
 //
 // One warpgroup brings the operands: bulk copies of weight bands, and token rows gathered by index in
 // the tensor cores' 128-byte swizzle. The other warpgroups each have 128 weight rows (64 of gate and
@@ -14,13 +15,12 @@
 
 namespace jax_moe::cuda {
 
-template <typename Format, int kTokens>
+template <typename Format>
 struct TiledWideShape {
-  static constexpr int kGroups = kTokens >= 128 ? 2 : 1;  // warpgroups that multiply
+  static constexpr int kTokens = 128;
+  static constexpr int kGroups = 2;  // warpgroups that multiply
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kBlocks = kTokens >= 128 ? 1 : kTokens >= 64 ? 2 : 3;  // a multiprocessor
-  static constexpr int kProducerRegisters = kTokens >= 128 ? 56 : 40;
-  static constexpr int kConsumerRegisters = kTokens >= 128 ? 224 : kTokens >= 64 ? 216 : 120;
+  static constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
   static constexpr int kBands = 8 * kGroups;
   static constexpr int kChunk = 128;  // columns
   static constexpr int kAtomChunks = TiledUnit<Format>::kChunks;
@@ -28,9 +28,9 @@ struct TiledWideShape {
       16 * kAtomChunks * kChunk / Format::kBlock * tiled::Sizes<Format>::kBytes;
   static constexpr int kWeightBytes = kBands * kAtomBytes;    // a stage
   static constexpr int kTokenBytes = kTokens * 2 * kChunk;    // a stage
-  static constexpr int kBudget = (232448 - 1024 * kBlocks) / kBlocks - 4096;
-  // Weights of 4 chunks ahead where tensor cores are the limit, more where memory is; then tokens.
-  static constexpr int kMostWeightStages = kTokens >= 128 ? 4 / kAtomChunks : 4;
+  static constexpr int kBudget = 232448 - 1024 - 4096;
+  // Weights of 4 chunks ahead, then tokens.
+  static constexpr int kMostWeightStages = 4 / kAtomChunks;
   static constexpr int kWeightStages =
       std::max(2, std::min(kMostWeightStages, (kBudget - 3 * kTokenBytes) / kWeightBytes));
   static constexpr int kTokenStages =
@@ -63,12 +63,13 @@ __device__ __forceinline__ void NamedBarrier() {
   asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
-template <typename Format, int kTokens>
+template <typename Format>
 class TiledWideBlock {
  public:
-  using Shape = TiledWideShape<Format, kTokens>;
+  using Shape = TiledWideShape<Format>;
   using Memory = typename Shape::Memory;
   using Tiled = TiledUnit<Format>;
+  static constexpr int kTokens = Shape::kTokens;
 
   __device__ __forceinline__ TiledWideBlock(const TiledArgs& args, Memory& memory,
                                             const TokenTile& tile)
@@ -203,15 +204,14 @@ class TiledWideBlock {
 
   // With as many columns of products as the tile's tokens need.
   __device__ __forceinline__ void Consume() {
-    constexpr int kQuarter = kTokens / 4;
-    if (tile_.count > 3 * kQuarter) {
-      MultiplyAll<kTokens>();
-    } else if (tile_.count > 2 * kQuarter) {
-      MultiplyAll<kQuarter % 32 == 0 ? 3 * kQuarter : kTokens>();
-    } else if (tile_.count > kQuarter) {
-      MultiplyAll<2 * kQuarter>();
+    if (tile_.count > 96) {
+      MultiplyAll<128>();
+    } else if (tile_.count > 64) {
+      MultiplyAll<96>();
+    } else if (tile_.count > 32) {
+      MultiplyAll<64>();
     } else {
-      MultiplyAll<kQuarter % 32 == 0 ? kQuarter : 2 * kQuarter>();
+      MultiplyAll<32>();
     }
     NamedBarrier<3, Shape::kThreads>();
     StoreResults();
@@ -376,12 +376,11 @@ class TiledWideBlock {
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-template <typename Format, int kTokens>
-__global__ void __launch_bounds__(TiledWideShape<Format, kTokens>::kThreads,
-                                  TiledWideShape<Format, kTokens>::kBlocks)
+template <typename Format>
+__global__ void __launch_bounds__(TiledWideShape<Format>::kThreads, 1)
     TiledWide(const __grid_constant__ TiledArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Block = TiledWideBlock<Format, kTokens>;
+  using Block = TiledWideBlock<Format>;
   extern __shared__ uint8_t shared[];
   LetNextKernelStart();
   WaitForEarlierKernels();

@@ -86,7 +86,8 @@ CudaTile FitCudaTile(CudaTile tile, int format, int64_t shared_limit) {
   return tile;
 }
 
-CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, bool hopper) {
+CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, int64_t columns,
+                                  bool hopper) {
   constexpr double kFewBlocks = 80;  // Hopper has 132 multiprocessors
   const double mean =
       static_cast<double>(pairs) / static_cast<double>(std::max<int64_t>(experts, 1));
@@ -96,7 +97,10 @@ CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, 
     return static_cast<double>(experts) * std::ceil(mean / static_cast<double>(tokens)) * bands <
            kFewBlocks;
   };
-  if (mean > 48 && !few(128, 256)) return CudaTiledTile::k128;
+  // With few columns it is the results that take time, and two blocks a multiprocessor share it better.
+  const bool short_rows = mean <= 72 && columns <= 1024;
+  if (mean > 48 && short_rows && !few(96, 128)) return CudaTiledTile::k96;
+  if (mean > 48 && !short_rows && !few(128, 256)) return CudaTiledTile::k128;
   return mean > 24 && !few(64, 128) ? CudaTiledTile::k64 : CudaTiledTile::k32;
 }
 
@@ -170,12 +174,13 @@ Kernel CudaKernel(bool is_ffn, Variant variant, int format, bool packed, int x_t
 }
 
 Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int64_t rows,
-                       int64_t pairs, int64_t experts, int capability, int64_t workspace_bytes) {
+                       int64_t columns, int64_t pairs, int64_t experts, int capability,
+                       int64_t workspace_bytes) {
   Kernel kernel = Guarantees(is_ffn, variant, x_type, y_type, workspace_bytes);
   const bool hopper = capability / 10 == 9;
-  const CudaTiledTile tile = ChooseCudaTiledTile(pairs, experts, rows, hopper);
+  const CudaTiledTile tile = ChooseCudaTiledTile(pairs, experts, rows, columns, hopper);
   const bool narrow = tile == CudaTiledTile::kNarrow;
-  const int tokens[] = {8, 32, 64, 128};
+  const int tokens[] = {8, 32, 64, 96, 128};
   kernel.name = narrow ? "cuda_tiled_mma" : "cuda_tiled_wgmma";
   kernel.arch = hopper ? "sm_90a" : "sm_80";
   kernel.tile_tokens = tokens[static_cast<int>(tile)];
@@ -183,6 +188,15 @@ Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int
   // Scales rounded to f16 add up over the two products.
   if (is_ffn && kernel.error_bound < 1e-3) kernel.error_bound = 1e-3;
   return kernel;
+}
+
+int64_t ChooseCudaTiledPanels(int64_t panels, int64_t columns, int64_t tiles, int64_t places) {
+  constexpr int64_t kMost = 4, kMostColumns = 4096, kRounds = 3;
+  for (int64_t number = kMost; number > 1; number /= 2) {
+    const int64_t blocks = tiles * ((panels + number - 1) / number);
+    if (number * columns <= kMostColumns && blocks >= kRounds * places) return number;
+  }
+  return 1;
 }
 
 int ChooseCudaLogSplits(int64_t k) {

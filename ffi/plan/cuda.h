@@ -18,11 +18,17 @@ CudaTile ChooseCudaTile(int64_t pairs, int64_t experts);
 // (ggml_type) where `tile` is wanted: the largest that fits.
 CudaTile FitCudaTile(CudaTile tile, int format, int64_t shared_limit);
 
-// The kernels for tiled weights: 8 tokens a tile, or on Hopper 32, 64 or 128. From the mean number of
-// pairs an expert, but smaller where an expert's rows, of a moe_ffn's down projection, are so few that
-// larger tiles would leave many multiprocessors without one.
-enum class CudaTiledTile : int { kNarrow = 0, k32 = 1, k64 = 2, k128 = 3 };
-CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, bool hopper);
+// The kernels for tiled weights: 8 tokens a tile, or on Hopper 32, 64, 96 or 128. From the mean number
+// of pairs an expert and, of a moe_ffn's down projection, an expert's columns, but smaller where its rows
+// are so few that larger tiles would leave many multiprocessors without one.
+enum class CudaTiledTile : int { kNarrow = 0, k32 = 1, k64 = 2, k96 = 3, k128 = 4 };
+CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, int64_t columns,
+                                  bool hopper);
+
+// How many of an expert's panels of weight rows a block of these kernels goes through: several where they
+// have few columns, but not so many that the device's places for blocks are filled unevenly. tiles: at
+// most.
+int64_t ChooseCudaTiledPanels(int64_t panels, int64_t columns, int64_t tiles, int64_t places);
 
 // Weight rows of a thread block and tokens of a tile.
 struct CudaTileShape {
@@ -45,7 +51,8 @@ Kernel CudaKernel(bool is_ffn, Variant variant, int format, bool packed, int x_t
 
 // The same for tiled weights (docs/kernels.md).
 Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int64_t rows,
-                       int64_t pairs, int64_t experts, int capability, int64_t workspace_bytes);
+                       int64_t columns, int64_t pairs, int64_t experts, int capability,
+                       int64_t workspace_bytes);
 
 // log2 of the warps that share 16 weight rows in a narrow kernel, of which a block has 4. Depends
 // on K alone, so that a token's result has the same bits whatever the batch.

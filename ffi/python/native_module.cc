@@ -89,7 +89,7 @@ nb::dict Describe(const std::string& platform, bool is_ffn, int variant, int for
       platform == "cpu"
           ? plan::CpuKernel(is_ffn, asked, IsPacked(format), x, y, workspace_bytes)
       : plan::IsTiled(format)
-          ? plan::CudaTiledKernel(is_ffn, asked, x, y, rows, pairs, experts, capability,
+          ? plan::CudaTiledKernel(is_ffn, asked, x, y, rows, k, pairs, experts, capability,
                                   workspace_bytes)
           : plan::CudaKernel(is_ffn, asked, format, IsPacked(format), x, y, k, pairs, experts,
                              capability, workspace_bytes);
