@@ -90,6 +90,10 @@ def select_kernel(op: str, *args: Any, platform: str | None = None, **kwargs: An
         )
     else:
         raise ValueError(f"op is 'moe_gemm' or 'moe_ffn', not {op!r}.")
+    capability = _compute_capability()
+    in_one_launch = (
+        platform == "cuda" and op == "moe_ffn" and problem.in_one_launch(tokens, capability)
+    )
     described = _ffi.native().describe(
         platform=platform,
         is_ffn=op == "moe_ffn",
@@ -101,8 +105,9 @@ def select_kernel(op: str, *args: Any, platform: str | None = None, **kwargs: An
         k=k,
         pairs=tokens * checked.top_k,
         experts=checked.num_experts,
-        capability=_compute_capability(),
+        capability=capability,
         workspace_bytes=_ffi.workspace_bytes(problem, tokens),
+        layer_tokens=tokens if in_one_launch else None,
     )
     return KernelInfo(variant=checked.variant, platform=platform, **described)
 

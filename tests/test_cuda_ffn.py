@@ -222,7 +222,10 @@ def test_dense_of_several_types(dtypes, x_dtype):
 @pytest.mark.parametrize("w_dtype", ("float16", "bfloat16"))
 @pytest.mark.parametrize("activation", ("swiglu", "geglu", "reglu", "situ", *LIMIT))
 @pytest.mark.parametrize("weights_before", (False, True))
-def test_dense_gated_activations_with_biases_and_scales(w_dtype, activation, weights_before):
+@pytest.mark.parametrize("x_dtype", ("float32", "bfloat16"))
+def test_dense_gated_activations_with_biases_and_scales(
+    x_dtype, w_dtype, activation, weights_before
+):
     x, routing, experts, exact = dense_problem((130, 3, 2, 136, 200), (w_dtype,) * 3)
     rng = np.random.default_rng(4)
     names = "gate", "up", "down"
@@ -232,11 +235,11 @@ def test_dense_gated_activations_with_biases_and_scales(w_dtype, activation, wei
     extra |= {f"{n}_scale": jnp.asarray(v, jnp.float32) for n, v in zip(names, scale, strict=True)}
     experts = Experts(**{n: getattr(experts, n) for n in names}, **extra)
     check(
-        jnp.asarray(x, jnp.float32),
+        jnp.asarray(x, x_dtype),
         routing,
         experts,
         exact,
-        cases.bound("float32"),
+        dense_bound(x_dtype, w_dtype),
         {"bias": bias, "scale": scale},
         activation=activation,
         activation_limit=LIMIT.get(activation),
@@ -247,9 +250,10 @@ def test_dense_gated_activations_with_biases_and_scales(w_dtype, activation, wei
 
 @pytest.mark.parametrize("w_dtype", ("float16", "bfloat16"))
 @pytest.mark.parametrize("activation", ("silu", "gelu", "relu2"))
-def test_dense_activations_without_a_gate(w_dtype, activation):
+@pytest.mark.parametrize("x_dtype", ("float32", "bfloat16"))
+def test_dense_activations_without_a_gate(x_dtype, w_dtype, activation):
     x, *rest = dense_problem((130, 3, 2, 136, 200), (w_dtype,) * 3, gated=False)
-    check(jnp.asarray(x, jnp.float32), *rest, cases.bound("float32"), activation=activation)
+    check(jnp.asarray(x, x_dtype), *rest, dense_bound(x_dtype, w_dtype), activation=activation)
 
 
 @pytest.mark.parametrize("w_dtype", ("float16", "bfloat16"))

@@ -126,9 +126,9 @@ def test_dense_with_many_tokens(x_dtype, w_dtype, experts, n, k, tokens, top_k, 
 
 
 @pytest.mark.parametrize("dtype", ("float16", "bfloat16"))
-@pytest.mark.parametrize("tokens", range(1, 300, 13))
+@pytest.mark.parametrize("tokens", (*range(1, 300, 13), 19 * 144))
 def test_dense_tiles_of_every_size(dtype, tokens):
-    """One expert takes all tokens, another one none."""
+    """One expert takes all tokens, another one none; in the end the last of 20 tiles is empty."""
     rng = np.random.default_rng(tokens)
     experts = 1 if tokens <= 12 else 2
     weight = jnp.asarray(rng.standard_normal((experts, 136, 96)), dtype)
@@ -152,6 +152,26 @@ def test_dense_rows_that_are_not_finite_stay_alone(w_dtype, value):
     x[bad] = 0
     expected = oracle.gemm(x, np.asarray(weight, np.float64), *ids, 1)[~bad]
     assert oracle.relative_error(y[~bad], expected) <= cases.bound("float32")
+
+
+@pytest.mark.parametrize("x_dtype", cases.DTYPES)
+@pytest.mark.parametrize("y_dtype", cases.DTYPES)
+@pytest.mark.parametrize("n", (136, 515))
+def test_preferred_element_type_of_dense_weights(x_dtype, y_dtype, n):
+    rng = np.random.default_rng(12)
+    weight = jnp.asarray(rng.standard_normal((2, n, 200)), "bfloat16")
+    x = jnp.asarray(rng.standard_normal((90, 200)), x_dtype)
+    ids = jnp.arange(90, dtype=jnp.int32), jnp.asarray(rng.integers(0, 2, 90), jnp.int32)
+    y = check(
+        x,
+        weight,
+        np.asarray(weight, np.float64),
+        *ids,
+        cases.bound(x_dtype, y_dtype),
+        top_k=1,
+        preferred_element_type=jnp.dtype(y_dtype),
+    )
+    assert y.dtype == jnp.dtype(y_dtype)
 
 
 @pytest.mark.parametrize("y_dtype", cases.DTYPES)

@@ -19,8 +19,9 @@ pytestmark = pytest.mark.gpu
 
 INT32 = np.iinfo(np.int32)
 # Tokens, experts, slots, rows: by the mean number of pairs an expert, and by blocks enough for
-# tiles of 64 and 128 tokens, they reach every kernel.
-SHAPES = ((1, 5, 2, 48), (3, 7, 2, 16), (17, 4, 2, 208), (640, 40, 2, 208), (1400, 20, 2, 272))
+# tiles of 64, 96 and 128 tokens, they reach every kernel (of 96 with up to 1024 columns).
+SHAPES = ((1, 5, 2, 48), (3, 7, 2, 16), (17, 4, 2, 208))
+SHAPES += ((640, 40, 2, 208), (1400, 20, 2, 272), (1280, 40, 2, 208))
 TOKENS = tuple(shape[0] for shape in SHAPES)
 WIDTHS_OF_256 = (256, 768, 2048)
 WIDTHS_OF_32 = (96, 704, 256, 768, 2048)
@@ -310,16 +311,17 @@ def test_preferred_element_type(y_dtype):
         assert_close(y, expected, cases.bound(y_dtype))
 
 
-# Tiles of 96 tokens; tiles of 64, with blocks that go through several panels of weight rows.
-@pytest.mark.parametrize("shape", ((1280, 40, 2, 208), (2048, 128, 2, 1152)))
+# Tiles of 96 tokens; tiles of 64, with blocks that go through several panels of weight rows and
+# through their rings more than once.
+@pytest.mark.parametrize("shape", ((1280, 40, 2, 208, 768), (2048, 128, 2, 1152, 512)))
 @pytest.mark.parametrize("name", ("Q4_K", "Q6_K", "MXFP4"))
 @pytest.mark.parametrize("y_dtype", ("float32", "bfloat16"))
 def test_panels(name, y_dtype, shape):
-    tokens, experts, top_k, n = shape
-    weight, exact = random_weights(name, experts, n, 256)
+    tokens, experts, top_k, n, k = shape
+    weight, exact = random_weights(name, experts, n, k)
     rng = np.random.default_rng(5)
     routing = oracle.random_routing(rng, tokens, experts, top_k)
-    x = oracle.normal(rng, (tokens, 256))
+    x = oracle.normal(rng, (tokens, k))
     ids = jax_moe.sort_by_expert(routing.expert_ids, experts)[:2]
     options = {"top_k": top_k, "preferred_element_type": jnp.dtype(y_dtype)}
     (y,) = run_twice(lambda *a: [gemm(*a, **options)], x, weight.prepack(), *ids)
@@ -417,7 +419,7 @@ def test_ffn(name, dtype, variant):
 
 
 @pytest.mark.parametrize(
-    "name, shape", (("Q4_K", (1280, 40, 2, 256, 256)), ("MXFP4", (2048, 128, 2, 128, 640)))
+    "name, shape", (("Q4_K", (1280, 40, 2, 256, 256)), ("MXFP4", (2048, 128, 2, 384, 640)))
 )
 def test_ffn_in_panels(name, shape):
     """As test_panels, with an activation."""

@@ -86,7 +86,9 @@ def tiled_ffn(tokens: int, dtype=jnp.float16, experts: int = 64):
 @pytest.mark.parametrize(
     ("tokens", "experts", "kernel", "tile"),
     [
-        (1, 64, "cuda_tiled_mma", (16, 8)),
+        (1, 64, "cuda_tiled_layer", (16, 1)),
+        (4, 64, "cuda_tiled_layer", (16, 2)),
+        (5, 64, "cuda_tiled_mma", (16, 8)),
         (192, 64, "cuda_tiled_mma", (16, 8)),
         (320, 64, "cuda_tiled_wgmma", (128, 32)),
         (1280, 64, "cuda_tiled_wgmma", (128, 64)),
@@ -133,6 +135,9 @@ def test_dense_weights_on_cuda(monkeypatch, capability, dtype, tokens, k, kernel
     experts = Experts(gate=up, up=up, down=down)
     info = jax_moe.select_kernel("moe_ffn", x, routing, experts, platform="cuda")
     assert (info.kernel, info.tile) == (kernel, tile)
+    bounds = {jnp.float32: 1e-3, jnp.float16: 5e-4, jnp.bfloat16: 2e-3}
+    rounds_h = dtype == jnp.bfloat16 and kernel == "cuda_wgmma_dense"
+    assert info.error_bound == (4e-3 if rounds_h else bounds[dtype])
 
 
 def test_tiled_weights_have_no_wgmma_before_hopper(monkeypatch):

@@ -107,10 +107,11 @@ cudaError_t LaunchDenseWide(const DenseWideArgs& args, cudaStream_t stream) {
   params.bands = static_cast<int32_t>((rows + band_rows - 1) / band_rows);
   const int64_t items = params.bands * args.lists.max_tiles;
   if (items == 0) return cudaSuccess;
-  // The kernel counts items, and the 16-byte pieces of x, in 32 bits.
+  // The kernel counts items, the 16-byte pieces of x, and the columns of both parts of h in 32 bits.
   const int64_t rows_of_x = (args.pairs + args.pairs_a_row - 1) / args.pairs_a_row;
   const int64_t pieces = rows_of_x * args.x.pitch / (args.x_layout == Layout::kBF16Pair ? 4 : 8);
   if (items > std::numeric_limits<int32_t>::max() / 2 ||
+      (args.h_parts == 2 && args.y_pitch > std::numeric_limits<int32_t>::max() / 2) ||
       pieces > std::numeric_limits<uint32_t>::max()) {
     return cudaErrorInvalidConfiguration;
   }

@@ -17,8 +17,8 @@
 // values of a token's row of them.
 //
 // float32 activations of bf16 weights are two bf16 parts, whose products have the same weights: one
-// bf16 is too coarse for them, and f16 has not the range of bf16 weights. h is one part where y is
-// bf16, and two elsewhere.
+// bf16 is too coarse for them, and f16 has not the range of bf16 weights. With bf16 weights of down h
+// is one part where y is bf16, and two elsewhere.
 #pragma once
 
 #include "ffi/cuda/cluster.cuh"

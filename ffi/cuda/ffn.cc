@@ -278,6 +278,7 @@ cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream) {
   if (ffn.layer_shape) return RunLayer(ffn, h, stream);
   const Weight& up = ffn.up ? *ffn.up : *ffn.gate;
   const PreparedRows x = PrepareX(ffn, up);
+  if (!CanAddress(x) || !CanAddress(h)) return cudaErrorInvalidConfiguration;
   cudaError_t status;
   if (ffn.fuses) {
     status = products.RunActivated(up, x, h);

@@ -48,10 +48,8 @@ ffi::Error Run(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remaining
   ffn.weights_before = call.weights_before;
   ffn.fuses = plan::CudaFuses(call.problem);
   ffn.layer = FindLayer(call.problem.gate_format, call.problem.up_format, call.problem.down_format);
-  if (ffn.layer != nullptr) {
-    ffn.layer_shape = plan::ChooseCudaLayer(call.problem, call.tokens, Multiprocessors(),
-                                            ffn.layer->memory_bytes, IsHopper());
-  }
+  ffn.layer_shape =
+      plan::ChooseCudaLayer(call.problem, call.tokens, Multiprocessors(), IsHopper());
   ffn.variant = call.problem.variant;
   const int64_t gate_rows = (ffn.merged ? 2 : 1) * ffn.d_expert;
   ffn.gate_projection = {call.gate_scale, call.gate_bias, gate_rows};

@@ -46,6 +46,7 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
   const PreparedRows prepared = {x_layout, rows_are_pairs ? pairs : call.tokens, weight.columns,
                                  memory + layout.x, weight.tiled && rounds};
 
+  if (!CanAddress(prepared)) return CudaError(kOp, cudaErrorInvalidConfiguration);
   const SortArgs sort = {ints(layout.expert_ids), pairs, experts, ints(layout.pairs), nullptr,
                          ints(layout.offsets), tiles, ints(layout.num_tiles), tile_tokens,
                          dense_wide};

@@ -41,6 +41,12 @@ inline __host__ __device__ int LayoutBytes(Layout layout) {
   }
 }
 
+// Whether the wide kernels for tiled weights can address the rows: they count pieces of 16 bytes in 32 bits.
+inline bool CanAddress(const PreparedRows& to) {
+  return to.layout != Layout::kF16Wide ||
+         to.rows * (PreparedPitch(to.layout, to.columns) / 8) <= int64_t{0xffffffff};
+}
+
 // The values, then what goes with them; at most 4 bytes a column and 8 a row.
 inline Activations ViewPrepared(const PreparedRows& to) {
   const int64_t pitch = PreparedPitch(to.layout, to.columns);

@@ -30,12 +30,11 @@ struct TiledLayerArgs {
 
 struct TiledLayerKernel {
   const void* function;
-  int memory_bytes;    // of shared memory, before x and sums
   int stage_bytes[2];  // 256 columns of 16 rows of gate and up, and of down
 };
 
 // The kernel for gate and up of ggml_type `up` and down of `down`, all tiled; null where there is
-// none: formats differ in few of the ways that files mix them.
+// none, which the plan knows (ChooseCudaLayer).
 const TiledLayerKernel* FindTiledLayer(int up, int down);
 
 cudaError_t LaunchTiledLayer(const TiledLayerKernel& kernel, const plan::CudaLayerShape& shape,

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "ffi/blocks/formats.h"
+#include "ffi/blocks/tiled.h"
 #include "ffi/plan/cuda_shared.h"
 
 namespace jax_moe::plan {
@@ -190,6 +191,16 @@ Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int
   return kernel;
 }
 
+Kernel CudaLayerKernel(Variant variant, int x_type, int64_t tokens, int64_t workspace_bytes) {
+  Kernel kernel = Guarantees(/*is_ffn=*/true, variant, x_type, x_type, workspace_bytes);
+  kernel.name = "cuda_tiled_layer";
+  kernel.arch = "sm_90a";
+  kernel.tile_rows = 16;
+  kernel.tile_tokens = tokens > 1 ? 2 : 1;
+  kernel.error_bound = std::max(kernel.error_bound, 1e-3);
+  return kernel;
+}
+
 int64_t ChooseCudaTiledPanels(int64_t panels, int64_t columns, int64_t tiles, int64_t places) {
   constexpr int64_t kMost = 4, kMostColumns = 4096, kRounds = 3;
   for (int64_t number = kMost; number > 1; number /= 2) {
@@ -213,9 +224,28 @@ bool CudaFuses(const FfnProblem& problem) {
          (bounded || !problem.biased);
 }
 
+namespace {
+
+bool HasCudaLayer(int up, int down) {
+#define JAX_MOE_IS(UP, DOWN) || (up == UP::kType && down == DOWN::kType)
+  return up == down JAX_MOE_MIXED_LAYERS(JAX_MOE_IS);
+#undef JAX_MOE_IS
+}
+
+// Of 256 columns of 16 tiled rows.
+int64_t RingStageBytes(int format) {
+  int64_t bytes = 0;
+  VisitFormat(format, [&](auto block) {
+    using Format = decltype(block);
+    bytes = 16 * 256 / Format::kBlock * tiled::Sizes<Format>::kBytes;
+  });
+  return bytes;
+}
+
+}  // namespace
+
 std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t tokens,
-                                              int64_t multiprocessors, int64_t kernel_bytes,
-                                              bool hopper) {
+                                              int64_t multiprocessors, bool hopper) {
   // The kernel divides by means of float32, exactly below these.
   constexpr int64_t kMostColumns = 1 << 15, kMostItems = 512;
   constexpr int64_t kRows = 16;  // of a band
@@ -224,8 +254,9 @@ std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t
   // E2M1 codes take hardly fewer instructions than in the kernels for up to 8 tokens, which have
   // less to do at 4 tokens (gpt-oss: 88 us against 89).
   const int up = (problem.up_format >= 0 ? problem.up_format : problem.gate_format) & ~kTiledFormat;
+  const int down = problem.down_format & ~kTiledFormat;
   const int64_t most = up == MXFP4::kType || up == NVFP4::kType ? 2 : kCudaLayerTokens;
-  if (!hopper || !CudaFuses(problem) || tokens < 1 || tokens > most ||
+  if (!hopper || !CudaFuses(problem) || !HasCudaLayer(up, down) || tokens < 1 || tokens > most ||
       pairs > kCudaLayerPairs || shape.d_expert == 0 ||
       std::max(shape.d_model, shape.d_expert) > kMostColumns) {
     return std::nullopt;
@@ -244,7 +275,7 @@ std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t
   const int64_t parts = std::max(2 * block_items, pairs * block_bands) + kCudaLayerWarps;
   result.sum_bytes = parts * 4 * kRows * std::min<int64_t>(tokens, 2);
   const int64_t done_bytes = block_bands * kCudaLayerPairs * 4 * kRows;
-  result.shared_bytes = kernel_bytes + result.x_bytes + result.sum_bytes + done_bytes;
+  result.shared_bytes = CudaLayerBytes(RingStageBytes(up), RingStageBytes(down)) + result.x_bytes + result.sum_bytes + done_bytes;
   if (result.shared_bytes > CudaSharedLimit(90)) return std::nullopt;
   return result;
 }

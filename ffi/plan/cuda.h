@@ -54,6 +54,9 @@ Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int
                        int64_t columns, int64_t pairs, int64_t experts, int capability,
                        int64_t workspace_bytes);
 
+// The same for a layer in one launch.
+Kernel CudaLayerKernel(Variant variant, int x_type, int64_t tokens, int64_t workspace_bytes);
+
 // log2 of the warps that share 16 weight rows in a narrow kernel, of which a block has 4. Depends
 // on K alone, so that a token's result has the same bits whatever the batch.
 int ChooseCudaLogSplits(int64_t k);
@@ -72,10 +75,14 @@ struct CudaLayerShape {
   int64_t x_bytes, sum_bytes, shared_bytes;
 };
 
-// None where a layer takes several launches. kernel_bytes: the kernel's own.
+// Calls X(UP, DOWN) for the different formats of gate and up and of down that it is there for beside equal ones:
+// those of llama.cpp's Q2_K, Q3_K_M, Q3_K_L, Q4_K_M and Q5_K_M.
+#define JAX_MOE_MIXED_LAYERS(X) \
+  X(Q2_K, Q3_K) X(Q3_K, Q4_K) X(Q3_K, Q5_K) X(Q4_K, Q6_K) X(Q5_K, Q6_K)
+
+// None where a layer takes several launches.
 std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t tokens,
-                                              int64_t multiprocessors, int64_t kernel_bytes,
-                                              bool hopper);
+                                              int64_t multiprocessors, bool hopper);
 
 // The fewest tokens a tile, which bounds the number of tiles.
 inline constexpr int64_t kCudaMinTileTokens = 4;

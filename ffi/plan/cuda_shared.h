@@ -1,7 +1,9 @@
-// Shared memory of the CUDA kernels for weights in GGUF's layout with 32 and 128 tokens a tile, which not every
-// device has: known to the plan, and held against the kernels' own sizes where they are instantiated.
+// Shared memory of the CUDA kernels that not every device or problem has it for, those for weights in GGUF's
+// layout with 32 and 128 tokens a tile and that for a whole layer: known to the plan, and held against the
+// kernels' own sizes where they are instantiated.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace jax_moe::plan {
@@ -20,6 +22,18 @@ constexpr int64_t CudaWideSharedBytes(int64_t tokens) {
   return 2 * (kRows * (kSlot + kDecoded) + tokens * 128 + 2 * kRows * 4 * (32 / Format::kGroup) +
               offsets * 16) +
          4 * tokens;
+}
+
+// Bytes of a block of tiled_layer.cuh, but for what depends on the problem: of each of 16 warps a ring of stages, a
+// barrier a stage and the tiles, then exponents and squares of x and eight numbers a pair. The arguments are
+// the bytes of 256 columns of 16 rows of gate and up, and of down.
+constexpr int64_t CudaLayerBytes(int64_t up_bytes, int64_t down_bytes) {
+  constexpr int64_t kWarps = 16, kPairs = 32, kAux = 16 * 2 * 4, kTiles = 8 * kPairs;
+  constexpr int64_t kRings = 70000 - 8 * 2 * 8 * 20 * 4;  // of 8 warps (warp_ring.cuh)
+  const auto align = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
+  const int64_t stage = std::max(up_bytes, down_bytes) + kAux;
+  const int64_t stages = std::clamp<int64_t>(kRings / (8 * stage), 2, 4);
+  return kWarps * align(stages * (align(stage) + 8) + kTiles) + kWarps * 2 * 4 + kPairs * 8 * 4;
 }
 
 // The most that a block can have on a device of this compute capability, like 90 (CUDA C++ Programming

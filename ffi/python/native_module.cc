@@ -2,8 +2,10 @@
 
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -82,12 +84,15 @@ bool IsPacked(int format) {
 
 nb::dict Describe(const std::string& platform, bool is_ffn, int variant, int format,
                   const std::string& x_dtype, const std::string& y_dtype, int64_t rows, int64_t k,
-                  int64_t pairs, int64_t experts, int capability, int64_t workspace_bytes) {
+                  int64_t pairs, int64_t experts, int capability, int64_t workspace_bytes,
+                  std::optional<int64_t> layer_tokens) {
   const Variant asked = static_cast<Variant>(variant);
   const int x = ElementType(x_dtype), y = ElementType(y_dtype);
   const plan::Kernel kernel =
       platform == "cpu"
           ? plan::CpuKernel(is_ffn, asked, IsPacked(format), x, y, workspace_bytes)
+      : layer_tokens.has_value()
+          ? plan::CudaLayerKernel(asked, x, *layer_tokens, workspace_bytes)
       : plan::IsTiled(format)
           ? plan::CudaTiledKernel(is_ffn, asked, x, y, rows, k, pairs, experts, capability,
                                   workspace_bytes)
@@ -139,7 +144,14 @@ NB_MODULE(_native, m) {
                                         biased};
           },
           "top_k"_a, "experts"_a, "d_model"_a, "d_expert"_a, "gate_format"_a, "up_format"_a,
-          "down_format"_a, "variant"_a, "activation"_a, "limit"_a, "biased"_a);
+          "down_format"_a, "variant"_a, "activation"_a, "limit"_a, "biased"_a)
+      // Of a GPU with the 132 multiprocessors of Hopper's large ones.
+      .def(
+          "in_one_launch",
+          [](const plan::FfnProblem& self, int64_t tokens, int capability) {
+            return plan::ChooseCudaLayer(self, tokens, 132, capability / 10 == 9).has_value();
+          },
+          "tokens"_a, "capability"_a);
 
   // Bytes as (fixed, a token): what a call allocates.
   m.def("workspace", [](const plan::GemmProblem& p) { return Pair(plan::GemmWorkspace(p)); });
@@ -153,7 +165,7 @@ NB_MODULE(_native, m) {
   });
   m.def("describe", &Describe, "platform"_a, "is_ffn"_a, "variant"_a, "format"_a, "x_dtype"_a,
         "y_dtype"_a, "rows"_a, "k"_a, "pairs"_a, "experts"_a, "capability"_a,
-        "workspace_bytes"_a);
+        "workspace_bytes"_a, "layer_tokens"_a);
 }
 
 }  // namespace jax_moe
