@@ -217,6 +217,24 @@ def test_any_list_of_ids(index, rows_are_pairs):
     assert_close(y, oracle.gemm(x, exact, *ids, top_k), cases.bound("float32"))
 
 
+def test_entries_of_pairs_that_do_not_exist():
+    weight = random_weights("Q4_K", 7, 128, 256)[0].prepack()
+    x = oracle.normal(np.random.default_rng(6), (3, 256))
+    ids = jnp.asarray([6, 7, 8, 15, 30, 31], jnp.int32), jnp.arange(6, dtype=jnp.int32)
+    (y,) = run_twice(lambda *a: [gemm(*a, top_k=2)], x, weight, *ids)
+    assert not np.asarray(y).any()
+
+
+def test_thousands_of_experts():
+    weight, exact = random_weights("Q8_0", 2047, 16, 32)
+    rng = np.random.default_rng(7)
+    x = oracle.normal(rng, (40, 32))
+    ids = jnp.arange(40, dtype=jnp.int32), jnp.asarray(rng.integers(0, 2047, 40), jnp.int32)
+    for packed in (weight, weight.prepack()):
+        (y,) = run_twice(lambda *a: [gemm(*a, top_k=1)], x, packed, *ids)
+        assert_close(y, oracle.gemm(x, exact, *ids, 1), cases.bound("float32"))
+
+
 @pytest.mark.parametrize("index", range(1, len(SHAPES)))
 @pytest.mark.parametrize("variant", (None, MoEVariant.SCALAR_GGUF))
 def test_rows_that_are_not_finite_stay_alone(index, variant):
@@ -526,6 +544,16 @@ def test_ffn_range_of_activations(index):
         expected = oracle.ffn(x, routing.expert_ids, routing.weights, **exact, act="silu")
     for token, (row, exact_row) in enumerate(zip(np.asarray(y), expected, strict=True)):
         assert_close(row, exact_row, 5 * cases.bound("float32"), token)
+
+
+@pytest.mark.parametrize("limit, scale", ((7.0, 1e-8), (1e6, 1.0), (np.inf, 1.0)))
+@pytest.mark.parametrize("index", range(len(FFN_SHAPES)))
+def test_a_limit_far_from_h(index, limit, scale):
+    """Without biases it is x that bounds h, if its limit is far off."""
+    x, routing, experts, exact = ffn_problem(THREE_FORMATS[0], FFN_SHAPES[index], "float32")
+    problems = tiled([(x * scale, routing, experts, exact)])
+    options = {"activation": "swiglu_oai", "activation_limit": limit}
+    check_ffn(problems, cases.bound("float32"), **options)
 
 
 def test_ffn_without_any_valid_expert():

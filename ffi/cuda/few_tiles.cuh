@@ -32,7 +32,8 @@ class FewTiles {
     const int lane = threadIdx.x % 32;
     int id = lane < pairs ? ids[lane] : -1;
     if (entries != nullptr) id = OfLastEntry(id, lane < pairs ? entries[lane] : -1, pairs);
-    if (id < 0 || id >= experts) id = -1 - lane;  // like no other
+    // Entries may name pairs that do not exist.
+    if (lane >= pairs || id < 0 || id >= experts) id = -1 - lane;  // like no other
     same_ = __match_any_sync(0xffffffffu, id);
     const unsigned before = (1u << lane) - 1;
     rank_ = __popc(same_ & before);

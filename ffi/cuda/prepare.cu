@@ -172,16 +172,15 @@ __global__ void __launch_bounds__(kThreads, kThreads == 256 ? 5 : 1)
 // ids [pairs]: the last entry that names each pair decides, as in LaunchPairExperts. By the block that
 // sorts.
 __device__ __forceinline__ void FindPairExperts(const PairArgs& args, int pairs, int32_t* ids) {
-  __shared__ int32_t winners[kPairsInOneLaunch];
-  for (int i = threadIdx.x; i < pairs; i += kSortThreads) winners[i] = -1;
+  for (int i = threadIdx.x; i < pairs; i += kSortThreads) ids[i] = -1;  // the entries that win
   __syncthreads();
   for (int i = threadIdx.x; i < pairs; i += kSortThreads) {
     const int pair = args.sorted_token_ids[i];
-    if (pair >= 0 && pair < pairs) atomicMax(winners + pair, i);
+    if (pair >= 0 && pair < pairs) atomicMax(ids + pair, i);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < pairs; i += kSortThreads) {
-    ids[i] = winners[i] < 0 ? -1 : args.flat_expert_ids[winners[i]];
+    if (ids[i] >= 0) ids[i] = args.flat_expert_ids[ids[i]];
   }
   __syncthreads();
 }
@@ -216,6 +215,8 @@ __global__ void __launch_bounds__(kThreads)
   const int block = static_cast<int>(blockIdx.x) - sort_blocks;
   if (block < 0) {
     __shared__ int32_t ids[kPairsInOneLaunch];
+    // What the other functions have there is less than 1 KB.
+    static_assert(4 * (kMostSortCounters + kPairsInOneLaunch) + 1024 <= 48 * 1024);
     if (threadIdx.x >= kSortThreads) return;
     FindPairExperts(pairs, number, ids);
     SortBlock(sort, ids, counts).Run();

@@ -13,8 +13,9 @@ static_assert(kSortWarps <= 32);  // a warp scans the sums of all warps
 constexpr int kSortCluster = 8;  // blocks, as many as every device with clusters allows
 
 // Warps of a block that sort, each with counters of its own, so that a block needs at most 40 KB.
+constexpr int kMostSortCounters = 10240;
 __host__ __device__ inline int SortingWarps(int32_t experts) {
-  const int fit = 10240 / (experts + 1) - 1;
+  const int fit = kMostSortCounters / (experts + 1) - 1;
   return fit < 1 ? 1 : fit > kSortWarps ? kSortWarps : fit;
 }
 

@@ -49,21 +49,26 @@ struct BoundOfH {
 };
 
 // h of a pair is at most 2^b: the product's magnitude by Cauchy and Schwarz from the norms of x and
-// of the rows, through the activation; there are no biases, or the activation's limit bounds h alone.
+// of the rows, through the activation; there are no biases, or the activation's limit bounds h alone. With
+// both, the smaller one counts.
 // Returns the power of two that brings h to 2^15 at most and writes its inverse, where it is wanted;
 // NaN where x is not finite.
 __device__ __forceinline__ float ScaleOfH(const TiledArgs& args, const BoundOfH& known, int expert,
                                           float* inverse) {
   int exponent;
+  const float x_bound = known.norm * known.scale * fabsf(known.weight);
+  const auto bound = [&](int i) {
+    const Projection& p = args.projection[i];
+    const float scale = p.scale == nullptr ? 1.0f : fabsf(p.scale[expert]);
+    return BoundExponent(x_bound * known.row_norm[i] * scale);
+  };
   if (args.activation == Activation::kSwigluOai) {
     exponent = BoundExponent(fmaxf(args.limit, 1.0f)) + BoundExponent(fabsf(args.limit) + 1);
+    // |h| <= |gate| (|up| + 1)
+    if (args.projection[0].bias == nullptr && args.projection[1].bias == nullptr) {
+      exponent = min(exponent, bound(0) + max(bound(1), 0) + 1);
+    }
   } else {
-    const float x_bound = known.norm * known.scale * fabsf(known.weight);
-    const auto bound = [&](int i) {
-      const Projection& p = args.projection[i];
-      const float scale = p.scale == nullptr ? 1.0f : fabsf(p.scale[expert]);
-      return BoundExponent(x_bound * known.row_norm[i] * scale);
-    };
     exponent = bound(1);
     if (args.gated) exponent += bound(0);
     if (args.activation == Activation::kRelu2) exponent *= 2;

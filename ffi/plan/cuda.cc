@@ -218,7 +218,8 @@ int ChooseCudaLogSplits(int64_t k) {
 bool CudaFuses(const FfnProblem& problem) {
   const int gate = problem.gate_format;
   const int up = problem.up_format >= 0 ? problem.up_format : gate;
-  const bool bounded = problem.activation == Activation::kSwigluOai && std::isfinite(problem.limit);
+  // A larger limit would leave h no bits.
+  const bool bounded = problem.activation == Activation::kSwigluOai && problem.limit <= 1024;
   return IsTiled(up) && IsTiled(problem.down_format) && (gate < 0 || gate == up) &&
          problem.variant != Variant::kScalarGguf && problem.shape.d_expert % 16 == 0 &&
          (bounded || !problem.biased);
