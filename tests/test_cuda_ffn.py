@@ -1,5 +1,7 @@
 """moe_ffn on an NVIDIA GPU against float64: formats, activations, options, shapes, ids."""
 
+import dataclasses
+
 import cuda_cases as cases
 import jax
 import jax.numpy as jnp
@@ -92,34 +94,38 @@ def test_three_formats(kernel, formats):
     check(jnp.asarray(x, jnp.float16), *rest, cases.bound("float16"))
 
 
-@pytest.mark.parametrize("merged", (False, True))
-@pytest.mark.parametrize("activation", ("swiglu", "geglu", "reglu", "situ", *LIMIT))
-def test_gated_activations_with_biases_and_scales(activation, merged):
-    x, routing, experts, exact = problem(("Q4_K", "Q4_K", "Q6_K"), SHAPES["narrow"], merged=merged)
+def with_biases_and_scales(experts, exact, *, gate_up_biased=True):
+    """The experts with random ones, and these for the oracle."""
     num_experts, d_expert, d_model = exact["up"].shape
     rng = np.random.default_rng(4)
     bias = [rng.standard_normal((num_experts, n)) for n in (d_expert, d_expert, d_model)]
     scale = [rng.uniform(0.5, 2, num_experts) for _ in range(3)]
-    if merged:
+    extra = {"down_bias": bias[2], "down_scale": scale[2]}
+    if experts.gate_up is not None:
         scale[1] = scale[0]
-        extra = {"gate_up_bias": np.concatenate(bias[:2], axis=1), "gate_up_scale": scale[0]}
+        extra |= {"gate_up_bias": np.concatenate(bias[:2], axis=1), "gate_up_scale": scale[0]}
     else:
-        extra = {
-            "gate_bias": bias[0],
-            "up_bias": bias[1],
-            "gate_scale": scale[0],
-            "up_scale": scale[1],
-        }
-    extra |= {"down_bias": bias[2], "down_scale": scale[2]}
-    fields = {name: getattr(experts, name) for name in ("gate", "up", "gate_up", "down")}
-    experts = Experts(**fields, **{k: jnp.asarray(v, jnp.float32) for k, v in extra.items()})
+        extra |= {"gate_bias": bias[0], "gate_scale": scale[0]}
+        extra |= {"up_bias": bias[1], "up_scale": scale[1]}
+    if not gate_up_biased:
+        bias[:2] = None, None
+        extra = {name: v for name, v in extra.items() if name == "down_bias" or "scale" in name}
+    extra = {name: jnp.asarray(value, jnp.float32) for name, value in extra.items()}
+    return dataclasses.replace(experts, **extra), {"bias": bias, "scale": scale}
+
+
+@pytest.mark.parametrize("merged", (False, True))
+@pytest.mark.parametrize("activation", ("swiglu", "geglu", "reglu", "situ", *LIMIT))
+def test_gated_activations_with_biases_and_scales(activation, merged):
+    x, routing, experts, exact = problem(("Q4_K", "Q4_K", "Q6_K"), SHAPES["narrow"], merged=merged)
+    experts, oracle_options = with_biases_and_scales(experts, exact)
     check(
         jnp.asarray(x, jnp.float32),
         routing,
         experts,
         exact,
         cases.bound("float32"),
-        {"bias": bias, "scale": scale},
+        oracle_options,
         activation=activation,
         activation_limit=LIMIT.get(activation),
         activation_betas=(1.5, 2.5) if activation == "situ" else None,
@@ -227,20 +233,14 @@ def test_dense_gated_activations_with_biases_and_scales(
     x_dtype, w_dtype, activation, weights_before
 ):
     x, routing, experts, exact = dense_problem((130, 3, 2, 136, 200), (w_dtype,) * 3)
-    rng = np.random.default_rng(4)
-    names = "gate", "up", "down"
-    bias = [rng.standard_normal((3, n)) for n in (200, 200, 136)]
-    scale = [rng.uniform(0.5, 2, 3) for _ in range(3)]
-    extra = {f"{n}_bias": jnp.asarray(v, jnp.float32) for n, v in zip(names, bias, strict=True)}
-    extra |= {f"{n}_scale": jnp.asarray(v, jnp.float32) for n, v in zip(names, scale, strict=True)}
-    experts = Experts(**{n: getattr(experts, n) for n in names}, **extra)
+    experts, oracle_options = with_biases_and_scales(experts, exact)
     check(
         jnp.asarray(x, x_dtype),
         routing,
         experts,
         exact,
         dense_bound(x_dtype, w_dtype),
-        {"bias": bias, "scale": scale},
+        oracle_options,
         activation=activation,
         activation_limit=LIMIT.get(activation),
         activation_betas=(1.5, 2.5) if activation == "situ" else None,

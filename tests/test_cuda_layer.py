@@ -1,7 +1,5 @@
 """moe_ffn of few tokens with tiled weights on an NVIDIA GPU: one launch where that is possible."""
 
-import dataclasses
-
 import cuda_cases as cases
 import jax
 import jax.numpy as jnp
@@ -75,27 +73,14 @@ def test_ids_of_every_kind(tokens):
 def test_biases_and_scales(activation, merged):
     for shape in SHAPES:
         x, routing, experts, exact = problem(("MXFP4",) * 3, shape, merged=merged)
-        e, f, h = exact["up"].shape
-        rng = np.random.default_rng(4)
-        bias = [rng.standard_normal((e, n)) for n in (f, f, h)]
-        scale = [rng.uniform(0.5, 2, e) for _ in range(3)]
-        if activation != "swiglu_oai":  # nothing bounds h
-            bias[0] = bias[1] = None
-        names = ("gate", "up")
-        if merged:
-            scale[1] = scale[0]
-            extra = {"gate_up_scale": scale[0]}
-            if bias[0] is not None:
-                extra["gate_up_bias"] = np.concatenate(bias[:2], axis=1)
-        else:
-            extra = {f"{n}_scale": s for n, s in zip(names, scale[:2], strict=True)}
-            extra |= {f"{n}_bias": b for n, b in zip(names, bias[:2], strict=True) if b is not None}
-        extra |= {"down_bias": bias[2], "down_scale": scale[2]}
-        extra = {name: jnp.asarray(value, jnp.float32) for name, value in extra.items()}
+        # Nothing but the limit bounds h.
+        experts, oracle_options = cuda_ffn.with_biases_and_scales(
+            experts, exact, gate_up_biased=activation == "swiglu_oai"
+        )
         cuda_tiled.check_ffn(
-            [(x, routing, dataclasses.replace(experts, **extra), exact)],
+            [(x, routing, experts, exact)],
             cases.bound("float32"),
-            {"bias": bias, "scale": scale},
+            oracle_options,
             activation=activation,
             activation_limit=cuda_ffn.LIMIT.get(activation),
         )

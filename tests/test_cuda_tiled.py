@@ -462,28 +462,13 @@ def test_ffn_variants_of_mixed_layouts(variant):
 @pytest.mark.parametrize("merged", (False, True))
 @pytest.mark.parametrize("activation", ("swiglu", "geglu", "reglu", "situ", *cuda_ffn.LIMIT))
 def test_gated_activations_with_biases_and_scales(activation, merged):
-    problems, extras = [], []
     for shape in (FFN_SHAPES[2], FFN_SHAPES[3]):
         x, routing, experts, exact = ffn_problem(THREE_FORMATS[0], shape, "float32", merged=merged)
-        e, f, h = exact["up"].shape
-        rng = np.random.default_rng(4)
-        bias = [rng.standard_normal((e, n)) for n in (f, f, h)]
-        scale = [rng.uniform(0.5, 2, e) for _ in range(3)]
-        if merged:
-            scale[1] = scale[0]
-            extra = {"gate_up_bias": np.concatenate(bias[:2], axis=1), "gate_up_scale": scale[0]}
-        else:
-            extra = {"gate_bias": bias[0], "up_bias": bias[1]}
-            extra |= {"gate_scale": scale[0], "up_scale": scale[1]}
-        extra |= {"down_bias": bias[2], "down_scale": scale[2]}
-        extra = {name: jnp.asarray(value, jnp.float32) for name, value in extra.items()}
-        problems.append((x, routing, dataclasses.replace(experts, **extra), exact))
-        extras.append({"bias": bias, "scale": scale})
-    for problem, extra in zip(tiled(problems), extras, strict=True):
+        experts, oracle_options = cuda_ffn.with_biases_and_scales(experts, exact)
         check_ffn(
-            [problem],
+            tiled([(x, routing, experts, exact)]),
             cases.bound("float32"),
-            extra,
+            oracle_options,
             activation=activation,
             activation_limit=cuda_ffn.LIMIT.get(activation),
             activation_betas=(1.5, 2.5) if activation == "situ" else None,

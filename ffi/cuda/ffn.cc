@@ -15,21 +15,37 @@ SortArgs ListsOf(const Ffn& ffn, int tile_tokens) {
           EvenTiles(tile_tokens)};
 }
 
-// How x is prepared for gate or up, and h for down.
+// How activations are prepared for a weight, in `memory`; choose: ChooseLayout or ChooseHiddenLayout.
+PreparedRows PrepareFor(const Ffn& ffn, const Weight& weight, decltype(ChooseLayout)& choose,
+                        int64_t rows, int64_t columns, uint8_t* memory) {
+  if (weight.tiled) {
+    return {TiledLayout(ffn.TiledTile()), rows, columns, memory,
+            ffn.variant == Variant::kScalarGguf};
+  }
+  return {choose(weight, ffn.type, ffn.variant, ffn.Tile(), ffn.DenseWide(weight)), rows, columns,
+          memory};
+}
+// x for gate or up, and h for down.
 PreparedRows PrepareX(const Ffn& ffn, const Weight& weight) {
-  const bool rounds = weight.tiled && ffn.variant == Variant::kScalarGguf;
-  const Layout layout = weight.tiled ? TiledLayout(ffn.TiledTile())
-                                     : ChooseLayout(weight, ffn.type, ffn.variant, ffn.Tile(),
-                                                    ffn.DenseWide(weight));
-  return {layout, ffn.tokens, ffn.d_model, ffn.memory + ffn.layout.x, rounds};
+  return PrepareFor(ffn, weight, ChooseLayout, ffn.tokens, ffn.d_model,
+                    ffn.memory + ffn.layout.x);
 }
 PreparedRows PrepareH(const Ffn& ffn) {
-  const Weight& down = ffn.down;
-  const bool rounds = down.tiled && ffn.variant == Variant::kScalarGguf;
-  const Layout layout = down.tiled ? TiledLayout(ffn.TiledTile())
-                                   : ChooseHiddenLayout(down, ffn.type, ffn.variant, ffn.Tile(),
-                                                        ffn.DenseWide(down));
-  return {layout, ffn.pairs, ffn.d_expert, ffn.memory + ffn.layout.h, rounds};
+  return PrepareFor(ffn, ffn.down, ChooseHiddenLayout, ffn.pairs, ffn.d_expert,
+                    ffn.memory + ffn.layout.h);
+}
+
+// What makes h of gate and up, in the arguments of the kernel that does.
+template <typename Args>
+void SetActivation(const Ffn& ffn, Args& args) {
+  args.activate = true;
+  args.pair_weight = ffn.weights_before ? ffn.weights : nullptr;
+  args.projection[0] = ffn.gate_projection;
+  args.projection[1] = ffn.up_projection;
+  args.activation = ffn.activation;
+  args.limit = ffn.limit;
+  args.beta = ffn.beta;
+  args.linear_beta = ffn.linear_beta;
 }
 
 TiledDownArgs DownOf(const Ffn& ffn, const PreparedRows& h) {
@@ -71,15 +87,8 @@ TiledArgs ActivatedOf(const Ffn& ffn, const Activations& x, const Lists& lists,
   args.y = const_cast<void*>(to.values);
   args.y_pitch = to.pitch;
   args.h_scales = const_cast<float*>(to.scales);
-  args.activate = true;
   args.gated = ffn.gate.has_value();
-  args.pair_weight = ffn.weights_before ? ffn.weights : nullptr;
-  args.projection[0] = ffn.gate_projection;
-  args.projection[1] = ffn.up_projection;
-  args.activation = ffn.activation;
-  args.limit = ffn.limit;
-  args.beta = ffn.beta;
-  args.linear_beta = ffn.linear_beta;
+  SetActivation(ffn, args);
   return args;
 }
 
@@ -170,19 +179,12 @@ class Products {
       args.weight[0] = up.data;
       args.weight[1] += ffn_.d_expert * up.row_bytes;
     }
-    args.activate = true;
+    SetActivation(ffn_, args);
     // What is scaled by a row's maximum waits for all of the row.
     args.h_parts = h.layout == Layout::kBF16 ? 1 : h.layout == Layout::kBF16Pair ? 2 : 0;
     const Activations to = ViewPrepared(h);
     args.y = args.h_parts > 0 ? const_cast<void*>(to.values) : ffn_.Values();
     args.y_pitch = args.h_parts > 0 ? to.pitch : ffn_.d_expert;
-    args.pair_weight = ffn_.weights_before ? ffn_.weights : nullptr;
-    args.projection[0] = ffn_.gate_projection;
-    args.projection[1] = ffn_.up_projection;
-    args.activation = ffn_.activation;
-    args.limit = ffn_.limit;
-    args.beta = ffn_.beta;
-    args.linear_beta = ffn_.linear_beta;
     status = LaunchDenseWide(args, stream_);
     if (status != cudaSuccess || args.h_parts > 0) return status;
     return LaunchPrepare(ffn_.Values(), Element::kF32, h, stream_);

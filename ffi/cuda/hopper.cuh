@@ -105,6 +105,16 @@ __device__ __forceinline__ void BulkCopy(void* shared, const void* global, uint3
       : "memory");
 }
 
+// Four 8 x 8 matrices of 16-bit values, of which a lane gives two of a column each, to rows of 16
+// bytes, the addresses of which eight lanes give for each.
+__device__ __forceinline__ void StoreMatrices(void* row, const uint32_t (&words)[4]) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+          SharedAddress(row)),
+      "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+      : "memory");
+}
+
 __device__ __forceinline__ void FenceWarpgroup() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }

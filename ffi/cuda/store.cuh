@@ -4,6 +4,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "ffi/cuda/gemm.h"
 
 namespace jax_moe::cuda {
@@ -20,6 +22,18 @@ __device__ __forceinline__ void Store(void* y, int64_t index, Element type, floa
       static_cast<__nv_bfloat16*>(y)[index] = __float2bfloat16_rn(value);
       break;
   }
+}
+
+// Two numbers rounded to the halves of a word, the first to the low one. Two: half2 or __nv_bfloat162.
+template <typename Two>
+__device__ __forceinline__ uint32_t PackTwo(float first, float second) {
+  Two two;
+  if constexpr (std::is_same_v<Two, half2>) {
+    two = __floats2half2_rn(first, second);
+  } else {
+    two = __floats2bfloat162_rn(first, second);
+  }
+  return *reinterpret_cast<const uint32_t*>(&two);
 }
 
 // kColumns consecutive ones, to an index that is a multiple of kColumns.

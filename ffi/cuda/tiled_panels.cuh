@@ -465,30 +465,9 @@ class TiledPanelsBlock {
     }
   }
 
-  // Four 8 x 8 matrices of 16-bit values, of which a lane gives two of a column each, to rows of 16
-  // bytes, the addresses of which eight lanes give for each.
-  static __device__ __forceinline__ void StoreMatrices(void* row, const uint32_t (&words)[4]) {
-    asm volatile(
-        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
-            SharedAddress(row)),
-        "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
-        : "memory");
-  }
-
   // Where a pair's row of y begins; sizes fit 31 bits (RequireLimits of check.h).
   __device__ __forceinline__ int64_t RowBegin(int pair) const {
     return static_cast<int64_t>(pair) * static_cast<int>(args_.y_pitch);
-  }
-
-  template <typename Y2>
-  static __device__ __forceinline__ uint32_t PackTwo(float first, float second) {
-    Y2 two;
-    if constexpr (std::is_same_v<Y2, half2>) {
-      two = __floats2half2_rn(first, second);
-    } else {
-      two = __floats2bfloat162_rn(first, second);
-    }
-    return *reinterpret_cast<const uint32_t*>(&two);
   }
 
   template <typename Y, typename Y2>

@@ -276,7 +276,8 @@ std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t
   const int64_t parts = std::max(2 * block_items, pairs * block_bands) + kCudaLayerWarps;
   result.sum_bytes = parts * 4 * kRows * std::min<int64_t>(tokens, 2);
   const int64_t done_bytes = block_bands * kCudaLayerPairs * 4 * kRows;
-  result.shared_bytes = CudaLayerBytes(RingStageBytes(up), RingStageBytes(down)) + result.x_bytes + result.sum_bytes + done_bytes;
+  result.shared_bytes = CudaLayerBytes(RingStageBytes(up), RingStageBytes(down)) + result.x_bytes +
+                        result.sum_bytes + done_bytes;
   if (result.shared_bytes > CudaSharedLimit(90)) return std::nullopt;
   return result;
 }

@@ -75,8 +75,8 @@ struct CudaLayerShape {
   int64_t x_bytes, sum_bytes, shared_bytes;
 };
 
-// Calls X(UP, DOWN) for the different formats of gate and up and of down that it is there for beside equal ones:
-// those of llama.cpp's Q2_K, Q3_K_M, Q3_K_L, Q4_K_M and Q5_K_M.
+// Calls X(UP, DOWN) for the different formats of gate and up and of down that it is there for beside equal
+// ones: those of llama.cpp's Q2_K, Q3_K_M, Q3_K_L, Q4_K_M and Q5_K_M.
 #define JAX_MOE_MIXED_LAYERS(X) \
   X(Q2_K, Q3_K) X(Q3_K, Q4_K) X(Q3_K, Q5_K) X(Q4_K, Q6_K) X(Q5_K, Q6_K)
 

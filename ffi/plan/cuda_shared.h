@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "ffi/plan/cuda.h"
+
 namespace jax_moe::plan {
 
 // Bytes of a block of wide_gemm.cuh: of raw bytes, decoded weights, tokens, scales, offsets and sums two
@@ -24,11 +26,12 @@ constexpr int64_t CudaWideSharedBytes(int64_t tokens) {
          4 * tokens;
 }
 
-// Bytes of a block of tiled_layer.cuh, but for what depends on the problem: of each of 16 warps a ring of stages, a
+// Bytes of a block of tiled_layer.cuh, but for what depends on the problem: of each warp a ring of stages, a
 // barrier a stage and the tiles, then exponents and squares of x and eight numbers a pair. The arguments are
 // the bytes of 256 columns of 16 rows of gate and up, and of down.
 constexpr int64_t CudaLayerBytes(int64_t up_bytes, int64_t down_bytes) {
-  constexpr int64_t kWarps = 16, kPairs = 32, kAux = 16 * 2 * 4, kTiles = 8 * kPairs;
+  constexpr int64_t kWarps = kCudaLayerWarps, kPairs = kCudaLayerPairs;
+  constexpr int64_t kAux = 16 * 2 * 4, kTiles = 8 * kPairs;
   constexpr int64_t kRings = 70000 - 8 * 2 * 8 * 20 * 4;  // of 8 warps (warp_ring.cuh)
   const auto align = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
   const int64_t stage = std::max(up_bytes, down_bytes) + kAux;
