@@ -10,6 +10,7 @@
 
 #include "ffi/cuda/hopper.cuh"
 #include "ffi/cuda/ptx.cuh"
+#include "ffi/cuda/tiled_chunk.cuh"
 #include "ffi/cuda/tiled_epilogue.cuh"
 #include "ffi/cuda/tiled_unit.cuh"
 
@@ -263,22 +264,10 @@ class TiledWideBlock {
     WaitWarpgroup<0>();
   }
 
-  // One of the 8 products of a chunk: decoded while the last one runs.
   template <int kColumns, int kStep>
   __device__ __forceinline__ void Step(const LaneUnit<Format> (&unit)[2][2], uint64_t tokens,
                                        uint32_t (&a)[2][2][4]) {
-#pragma unroll
-    for (int tile = 0; tile < 2; ++tile) {
-      uint32_t (&operand)[4] = a[kStep % 2][tile];
-      unit[tile][0].template Decode<kStep>(operand[0], operand[2]);
-      unit[tile][1].template Decode<kStep>(operand[1], operand[3]);
-    }
-    const uint64_t b = tokens + (kStep / 4 * kTokens * 128 + kStep % 4 * 32) / 16;
-    FenceWarpgroup();
-    WarpgroupF16<kColumns>::Multiply(sum_[0], a[kStep % 2][0], b);
-    WarpgroupF16<kColumns>::Multiply(sum_[1], a[kStep % 2][1], b);
-    CommitWarpgroup();
-    WaitWarpgroup<1>();
+    MultiplyDecoded<kColumns, kTokens * 128, kStep>(unit, tokens, a, sum_);
   }
 
   // Sums go through shared memory, which the operands no longer need, so that what follows is one
