@@ -57,10 +57,14 @@ Layout TiledLayout(plan::CudaTiledTile tile) {
   return tile == plan::CudaTiledTile::kNarrow ? Layout::kF16Narrow : Layout::kF16Wide;
 }
 
+TiledMatrix TiledMatrixOf(const Weight& weight) {
+  return {weight.data, weight.aux, weight.rows * weight.row_bytes, weight.rows};
+}
+
 TiledArgs TiledProduct(const Weight& weight, const Activations& x, int32_t pairs_a_row,
                        const Lists& lists) {
   TiledArgs args = {};
-  args.matrix[0] = {weight.data, weight.aux, weight.rows * weight.row_bytes, weight.rows};
+  args.matrix[0] = TiledMatrixOf(weight);
   args.rows = static_cast<int32_t>(weight.rows);
   args.columns = static_cast<int32_t>(weight.columns);
   args.row_bytes = weight.row_bytes;

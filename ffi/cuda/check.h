@@ -52,6 +52,8 @@ Lists FewLists(const int32_t* expert_ids, const int32_t* entries, int64_t pairs,
 // How the activations of a tiled weight are prepared.
 Layout TiledLayout(plan::CudaTiledTile tile);
 
+TiledMatrix TiledMatrixOf(const Weight& weight);
+
 // The arguments of a product with a tiled weight, but for the result's.
 TiledArgs TiledProduct(const Weight& weight, const Activations& x, int32_t pairs_a_row,
                        const Lists& lists);

@@ -8,6 +8,19 @@
 
 namespace jax_moe::cuda {
 
+// The expert of pair lane, from the id and the pair of every lane's entry, of which the last one
+// that names the pair decides; -1: none does.
+__device__ __forceinline__ int OfLastEntry(int id, int pair, int pairs) {
+  int result = -1;
+#pragma unroll 1
+  for (int i = 0; i < pairs; ++i) {
+    const int other_pair = __shfl_sync(0xffffffffu, pair, i);
+    const int other_id = __shfl_sync(0xffffffffu, id, i);
+    if (other_pair == static_cast<int>(threadIdx.x % 32)) result = other_id;
+  }
+  return result;
+}
+
 // A tile is up to 8 pairs of one expert; an expert with more has several. Tiles are in the order of
 // their first pairs.
 class FewTiles {
@@ -90,17 +103,6 @@ class FewTiles {
   __device__ __forceinline__ int Before(int tile) const { return table_.before[tile]; }
 
  private:
-  // Of pair lane, from the id and the pair of every lane's entry.
-  static __device__ __forceinline__ int OfLastEntry(int id, int pair, int pairs) {
-    int result = -1;
-    for (int i = 0; i < pairs; ++i) {
-      const int other_pair = __shfl_sync(0xffffffffu, pair, i);
-      const int other_id = __shfl_sync(0xffffffffu, id, i);
-      if (other_pair == static_cast<int>(threadIdx.x % 32)) result = other_id;
-    }
-    return result;
-  }
-
   Table& table_;
   unsigned same_, beginnings_;
   int rank_;

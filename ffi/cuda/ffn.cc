@@ -52,7 +52,7 @@ TiledDownArgs DownOf(const Ffn& ffn, const PreparedRows& h) {
   const Weight& down = ffn.down;
   const Activations prepared = ViewPrepared(h);
   TiledDownArgs args = {};
-  args.matrix = {down.data, down.aux, down.rows * down.row_bytes, down.rows};
+  args.matrix = TiledMatrixOf(down);
   args.row_bytes = down.row_bytes;
   args.columns = static_cast<int32_t>(ffn.d_expert);
   args.h = static_cast<const half*>(prepared.values);

@@ -31,6 +31,25 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
   uint8_t* memory = call.workspace;
   const auto ints = [&](int64_t offset) { return reinterpret_cast<int32_t*>(memory + offset); };
   const int32_t experts = static_cast<int32_t>(weight.experts);
+  if (weight.tiled && plan::UsesCudaTiledFew(call.variant, pairs, weight.experts, weight.rows,
+                                             weight.columns)) {
+    TiledFewArgs args = {};
+    args.matrix = TiledMatrixOf(weight);
+    args.rows = static_cast<int32_t>(weight.rows);
+    args.columns = static_cast<int32_t>(weight.columns);
+    args.row_bytes = weight.row_bytes;
+    args.x = call.x;
+    args.x_type = x_type;
+    args.pairs_a_row = rows_are_pairs ? 1 : top_k;
+    args.expert_ids = call.flat_expert_ids;
+    args.entries = call.sorted_token_ids;
+    args.pairs = static_cast<int32_t>(pairs);
+    args.experts = experts;
+    args.pair_weight = call.topk_weights;
+    args.y = call.y;
+    args.y_type = y_type;
+    return CudaError(kOp, LaunchTiledFew(*FindTiledKernels(weight.format), args, stream));
+  }
   const plan::CudaTile tile = plan::ChooseCudaTile(pairs, weight.experts);
   const plan::CudaTiledTile tiled_tile = plan::ChooseCudaTiledTile(
       pairs, weight.experts, weight.rows, weight.columns, IsHopper());

@@ -92,6 +92,17 @@ cudaError_t LaunchTiledDown(const TiledKernels& kernels, TiledDownArgs args, cud
                 shape.blocks);
 }
 
+cudaError_t LaunchTiledFew(const TiledKernels& kernels, TiledFewArgs args, cudaStream_t stream) {
+  const int steps = (args.columns + 255) / 256;
+  const int steps_a_warp = (steps + kMostFewWarps - 1) / kMostFewWarps;
+  const int warps = (steps + steps_a_warp - 1) / steps_a_warp;
+  // For a tile of every pair: there may be as many.
+  const dim3 grid(static_cast<unsigned>(args.rows / 16), static_cast<unsigned>(args.pairs));
+  void* parameters[] = {&args};
+  return cudaLaunchKernel(kernels.few, grid, dim3(32 * warps), parameters,
+                          static_cast<size_t>(warps * kernels.few_warp_bytes), stream);
+}
+
 cudaError_t ConfigureTiled(const TiledKernels& kernels, bool hopper) {
   const auto configure = [](const TiledKernel& kernel) {
     return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,

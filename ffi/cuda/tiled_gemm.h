@@ -78,11 +78,34 @@ struct TiledDownArgs {
   Element y_type;
 };
 
+// Warps of a block of TiledFew.
+inline constexpr int kMostFewWarps = 8;
+
+// y[p, n] = weight_p * (W x) for at most kFewPairs pairs in tiles of two, zeros for those without an
+// expert; x as it is.
+struct TiledFewArgs {
+  TiledMatrix matrix;
+  int32_t rows;     // a multiple of 16
+  int32_t columns;  // K
+  int64_t row_bytes;
+  const void* x;  // [.., columns]
+  Element x_type;
+  int32_t pairs_a_row;
+  const int32_t* expert_ids;  // [pairs]
+  const int32_t* entries;     // [pairs], as of Lists
+  int32_t pairs, experts;
+  const float* pair_weight;  // null: 1
+  void* y;                   // [pairs, rows]
+  Element y_type;
+};
+
 struct TiledKernels {
   TiledKernel narrow;   // 8 tokens, kF16Narrow
   TiledKernel wide[4];  // 32, 64, 96 and 128 tokens, kF16Wide; Hopper only
   TiledKernel down;     // takes TiledDownArgs; threads and memory are the most of a block
   int down_warp_bytes;  // of shared memory, a warp
+  const void* few;      // takes TiledFewArgs
+  int few_warp_bytes;   // as above
 };
 
 // The kernels of one format, instantiated in tiled_*.cu.
@@ -96,6 +119,8 @@ cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t 
 
 cudaError_t LaunchTiledDown(const TiledKernels& kernels, TiledDownArgs args,
                             cudaStream_t stream);
+
+cudaError_t LaunchTiledFew(const TiledKernels& kernels, TiledFewArgs args, cudaStream_t stream);
 
 // Lets the kernels use their shared memory on the current device. Before the first launch, outside of
 // capture.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ffi/cuda/tiled_down.cuh"
+#include "ffi/cuda/tiled_few.cuh"
 #include "ffi/cuda/tiled_gemm.h"
 #include "ffi/cuda/tiled_narrow.cuh"
 #include "ffi/cuda/tiled_panels.cuh"
@@ -53,7 +54,9 @@ const TiledKernels& Tiled() {
       {reinterpret_cast<const void*>(&TiledDown<Format>), 32 * kMostDownWarps, Narrow::kTokens,
        Narrow::kRows, sizeof(typename Down::Memory), /*pads_rows=*/false, /*blocks=*/0,
        /*places=*/0},
-      sizeof(typename Down::Warp)};
+      sizeof(typename Down::Warp),
+      reinterpret_cast<const void*>(&TiledFew<Format>),
+      sizeof(TiledFewShape::Memory)};
   return kernels;
 }
 

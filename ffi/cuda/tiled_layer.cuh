@@ -350,7 +350,8 @@ class LayerWarp {
         __syncwarp();
         FetchStep();
       } while (!at.begins && at.left > 0);
-      Deliver(total, phase == 0 ? kExactUnitScale<Up> : kExactUnitScale<Down>, group, count);
+      auto* sums = reinterpret_cast<float(*)[Shape::kRows]>(Sums(group, warp_));
+      StoreSums(total, sums, count, phase == 0 ? kExactUnitScale<Up> : kExactUnitScale<Down>);
     }
   }
 
@@ -359,20 +360,6 @@ class LayerWarp {
   // before it.
   __device__ __forceinline__ float* Sums(int group, int warp) const {
     return sums_ + (group + warp << args_.log_tokens) * Shape::kRows;
-  }
-  // The lanes of a quad have a unit each.
-  __device__ __forceinline__ void Deliver(float (&total)[4], float scale, int group,
-                                          int count) const {
-#pragma unroll
-    for (float& part : total) {
-      part += __shfl_xor_sync(0xffffffffu, part, 1);
-      part += __shfl_xor_sync(0xffffffffu, part, 2);
-    }
-    const int g = lane_ / 4, t = lane_ % 4, token = t % 2;
-    const float value = t < 2 ? (t == 0 ? total[0] : total[1]) : (t == 2 ? total[2] : total[3]);
-    if (token < count) {
-      Sums(group, warp_)[token * Shape::kRows + g + 8 * (t / 2)] = value * scale;
-    }
   }
   __device__ __forceinline__ float SumOf(int phase, int group, int token, int row) const {
     const Spread spread = SpreadOf(phase);

@@ -41,27 +41,33 @@ class ExactUnit {
 
   float scale[kGroups], offset[kGroups];
 
-  // Units past the chunk's end have a scale of zero.
+  // kWhole: all units of the chunk are there. Two steps, so that words can be on their way while
+  // something else is done.
   template <bool kWhole>
   __device__ __forceinline__ void Load(const uint8_t* atom, const Place& at) {
-    uint32_t s[Tiled::kScaleWords] = {};
-    const bool exists = kWhole || at.unit < at.units;
     if (!kWhole) {
 #pragma unroll
       for (int i = 0; i < Fields::kWords; ++i) q_[i] = 0;
+#pragma unroll
+      for (int i = 0; i < Tiled::kScaleWords; ++i) s_[i] = 0;
     }
-    if (exists) Tiled::Load(atom, at, q_, s);
+    if (kWhole || at.unit < at.units) Tiled::Load(atom, at, q_, s_);
+  }
+  // Units past the chunk's end have a scale of zero.
+  template <bool kWhole>
+  __device__ __forceinline__ void SetScales(const Place& at) {
+    const bool exists = kWhole || at.unit < at.units;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-      const Affine affine = Tiled::Scale(s, at, group);
+      const Affine affine = Tiled::Scale(s_, at, group);
       scale[group] = exists ? affine.scale : 0.0f;
       offset[group] = exists ? affine.offset : 0.0f;
     }
     if constexpr (Fields::kShifts > 0) {
 #pragma unroll
       for (int i = 0; i < Fields::kShifts; ++i) {
-        shift_[i] = Tiled::IsNegative(s, at, i) ? Minus(Fields::kBias + 1, 0)
-                                                : Minus(Fields::kBias - 1, 0);
+        shift_[i] = Tiled::IsNegative(s_, at, i) ? Minus(Fields::kBias + 1, 0)
+                                                 : Minus(Fields::kBias - 1, 0);
       }
     }
   }
@@ -95,7 +101,7 @@ class ExactUnit {
     return (0x8000 | integer << (24 + Fields::kExponent + place)) * 0x00010001u;
   }
 
-  uint32_t q_[Fields::kWords];
+  uint32_t q_[Fields::kWords], s_[Tiled::kScaleWords];
   uint32_t shift_[Fields::kShifts > 0 ? Fields::kShifts : 1];
 };
 
@@ -201,33 +207,54 @@ class StepOfTwo {
   int columns_;  // from this lane's unit on
 };
 
+// The units of rows lane / 4 and lane / 4 + 8 of a chunk.
+template <typename Format, bool kWhole>
+struct UnitsOfTwoRows {
+  using Tiled = TiledUnit<Format>;
+  ExactUnit<Format> low, high;
+
+  // weights: of the step; columns: from its first one to the end of the row.
+  __device__ __forceinline__ void Load(const uint8_t* weights, int chunk, int columns) {
+    constexpr int kChunkBytes = 128 / Format::kBlock * tiled::Sizes<Format>::kBytes * 16;
+    const uint8_t* atom = Tiled::kChunks == 2 ? weights : weights + chunk * kChunkBytes;
+    typename Tiled::Place place = PlaceOf(chunk, columns);
+    low.template Load<kWhole>(atom, place);
+    place.row += 8;
+    high.template Load<kWhole>(atom, place);
+  }
+  // Adds their products. x: of the chunk.
+  __device__ __forceinline__ void Multiply(int chunk, int columns, const uint32_t (&x)[16],
+                                           float (&total)[4]) {
+    typename Tiled::Place place = PlaceOf(chunk, columns);
+    low.template SetScales<kWhole>(place);
+    place.row += 8;
+    high.template SetScales<kWhole>(place);
+    MultiplyGroup<0>(total, low, high, x);
+    if constexpr (ExactUnit<Format>::kGroups == 2) MultiplyGroup<1>(total, low, high, x);
+  }
+
+ private:
+  static __device__ __forceinline__ typename Tiled::Place PlaceOf(int chunk, int columns) {
+    const int lane = threadIdx.x % 32, units = kWhole ? 4 : min(4, columns / 32 - 4 * chunk);
+    return {units, Tiled::kChunks == 2 ? chunk : 0, lane / 4, lane % 4};
+  }
+};
+
 // kWhole: all units of both chunks are there.
 template <typename Format, bool kWhole>
 __device__ __forceinline__ void MultiplyTwoTokens(const uint8_t* weights, StepOfTwo& x, int column,
                                                   int next_column, int columns,
                                                   float (&total)[4]) {
-  using Tiled = TiledUnit<Format>;
-  using Unit = ExactUnit<Format>;
-  constexpr int kChunkBytes = 128 / Format::kBlock * tiled::Sizes<Format>::kBytes * 16;
   // Both chunks are loaded first where registers allow it.
-  constexpr bool kAhead = kWhole && Unit::Fields::kWords <= 4 && !Format::kHasOffset;
-  const int lane = threadIdx.x % 32;
-  Unit low[2], high[2];
-  const auto units = [&](int c) { return kWhole ? 4 : min(4, (columns - column) / 32 - 4 * c); };
-  const auto load = [&](int c) {
-    const uint8_t* atom = Tiled::kChunks == 2 ? weights : weights + c * kChunkBytes;
-    typename Tiled::Place place = {units(c), Tiled::kChunks == 2 ? c : 0, lane / 4, lane % 4};
-    low[c].template Load<kWhole>(atom, place);
-    place.row += 8;
-    high[c].template Load<kWhole>(atom, place);
-  };
-  if (kAhead) load(0), load(1);
+  constexpr bool kAhead = kWhole && FieldsOf<Format>::kWords <= 4 && !Format::kHasOffset;
+  UnitsOfTwoRows<Format, kWhole> units[2];
+  const int left = columns - column;
+  if (kAhead) units[0].Load(weights, 0, left), units[1].Load(weights, 1, left);
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
-    if (kWhole || units(c) > 0) {
-      if (!kAhead) load(c);
-      MultiplyGroup<0>(total, low[c], high[c], x.v[c]);
-      if constexpr (Unit::kGroups == 2) MultiplyGroup<1>(total, low[c], high[c], x.v[c]);
+    if (kWhole || 128 * c < left) {
+      if (!kAhead) units[c].Load(weights, c, left);
+      units[c].Multiply(c, left, x.v[c], total);
     }
     x.Load(c, next_column);
   }
@@ -244,6 +271,19 @@ __device__ __forceinline__ void MultiplyTwoTokens(const uint8_t* weights, StepOf
   } else {
     MultiplyTwoTokens<Format, false>(weights, x, column, next_column, columns, total);
   }
+}
+
+// A step's or a band's sums of the quad's units together, to sums[token][row].
+__device__ __forceinline__ void StoreSums(float (&total)[4], float (*sums)[16], int count,
+                                          float scale) {
+#pragma unroll
+  for (float& part : total) {
+    part += __shfl_xor_sync(0xffffffffu, part, 1);
+    part += __shfl_xor_sync(0xffffffffu, part, 2);
+  }
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, token = t % 2;
+  const float value = t < 2 ? (t == 0 ? total[0] : total[1]) : (t == 2 ? total[2] : total[3]);
+  if (token < count) sums[token][g + 8 * (t / 2)] = value * scale;
 }
 
 // What undoes 2^kExponent.

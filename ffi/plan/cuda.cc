@@ -105,6 +105,16 @@ CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, 
   return mean > 24 && !few(64, 128) ? CudaTiledTile::k64 : CudaTiledTile::k32;
 }
 
+bool UsesCudaTiledFew(Variant variant, int64_t pairs, int64_t experts, int64_t rows,
+                      int64_t columns) {
+  // Products of 16 rows and 256 columns. With one token the kernel for 8 tokens draws level at 28
+  // thousand of them.
+  constexpr int64_t kMostProducts = 8192, kMostPairs = 32;
+  const int64_t tiles = experts == 1 ? 1 : pairs;
+  return variant != Variant::kScalarGguf && pairs <= std::min(kMostPairs, 2 * experts) &&
+         tiles * (rows / 16) * ((columns + 255) / 256) <= kMostProducts && columns > 0;
+}
+
 bool UsesCudaDenseWide(int format, int64_t k, int64_t pairs, int64_t experts, bool hopper) {
   return hopper && (format == kF16 || format == kBF16) && k > 0 && k % 8 == 0 && pairs > 6 * experts;
 }
@@ -179,11 +189,17 @@ Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int
                        int64_t workspace_bytes) {
   Kernel kernel = Guarantees(is_ffn, variant, x_type, y_type, workspace_bytes);
   const bool hopper = capability / 10 == 9;
+  kernel.arch = hopper ? "sm_90a" : "sm_80";
+  if (!is_ffn && UsesCudaTiledFew(variant, pairs, experts, rows, columns)) {
+    kernel.name = "cuda_tiled_few";
+    kernel.tile_rows = 16;
+    kernel.tile_tokens = 2;
+    return kernel;
+  }
   const CudaTiledTile tile = ChooseCudaTiledTile(pairs, experts, rows, columns, hopper);
   const bool narrow = tile == CudaTiledTile::kNarrow;
   const int tokens[] = {8, 32, 64, 96, 128};
   kernel.name = narrow ? "cuda_tiled_mma" : "cuda_tiled_wgmma";
-  kernel.arch = hopper ? "sm_90a" : "sm_80";
   kernel.tile_tokens = tokens[static_cast<int>(tile)];
   kernel.tile_rows = narrow ? 16 : tile == CudaTiledTile::k128 ? 256 : 128;
   // Scales rounded to f16 add up over the two products.

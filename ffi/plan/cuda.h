@@ -25,6 +25,10 @@ enum class CudaTiledTile : int { kNarrow = 0, k32 = 1, k64 = 2, k96 = 3, k128 = 
 CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, int64_t columns,
                                   bool hopper);
 
+// Whether a moe_gemm with a tiled weight is one launch in which pairs are sorted and x is prepared by
+// those who multiply (ffi/cuda/tiled_few.cuh): quicker where little is multiplied.
+bool UsesCudaTiledFew(Variant variant, int64_t pairs, int64_t experts, int64_t rows, int64_t columns);
+
 // How many of an expert's panels of weight rows a block of these kernels goes through: several where they
 // have few columns, but not so many that the device's places for blocks are filled unevenly. tiles: at
 // most.
