@@ -106,6 +106,33 @@ def test_tiled_weights_on_cuda(tokens, experts, kernel, tile):
     assert info.error_bound == 1e-3 and info.deterministic
 
 
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="asks about a Hopper GPU")
+@pytest.mark.parametrize(
+    ("tokens", "experts", "rows", "variant", "kernel", "tile"),
+    [
+        (1, 1, 256, None, "cuda_tiled_few", (16, 2)),
+        (2, 1, 256, None, "cuda_tiled_few", (16, 2)),
+        (3, 1, 256, None, "cuda_tiled_mma", (16, 8)),
+        (32, 64, 256, None, "cuda_tiled_few", (16, 2)),
+        (33, 64, 256, None, "cuda_tiled_mma", (16, 8)),
+        (1, 1, 131072, None, "cuda_tiled_few", (16, 2)),
+        (1, 1, 131088, None, "cuda_tiled_mma", (16, 8)),
+        (1, 1, 256, MoEVariant.SCALAR_GGUF, "cuda_tiled_mma", (16, 8)),
+    ],
+)
+def test_few_tokens_with_tiled_weights(tokens, experts, rows, variant, kernel, tile):
+    weight = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((experts, rows, *leaf.shape[2:]), leaf.dtype),
+        oracle.packed("Q4_K", 1, 256, 256)[0].prepack(),
+    )
+    pairs = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    x = jax.ShapeDtypeStruct((tokens, 256), jnp.float32)
+    info = jax_moe.select_kernel(
+        "moe_gemm", x, weight, pairs, pairs, top_k=1, variant=variant, platform="cuda"
+    )
+    assert (info.kernel, info.tile) == (kernel, tile)
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype", "tokens", "k", "kernel", "tile"),
     [

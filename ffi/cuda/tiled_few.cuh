@@ -149,11 +149,14 @@ __global__ void __launch_bounds__(32 * kMostFewWarps, FieldsOf<Format>::kWords >
       units[c].Multiply(c, left, v, total);
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] = fmaf(total[i], scale[i % 2], sum[i]);
+    for (int i = 0; i < 4; ++i) {
+      // Neither factor leaves float32's range, but their product may.
+      sum[i] = fmaf(total[i] * kExactUnitScale<Format>, scale[i % 2], sum[i]);
+    }
     step += number;
     __syncwarp();
   }
-  StoreSums(sum, own.sums, count, kExactUnitScale<Format>);
+  StoreSums(sum, own.sums, count, 1.0f);
   __syncthreads();
   const int token = threadIdx.x / kRows, row = threadIdx.x % kRows;
   if (token >= count) return;

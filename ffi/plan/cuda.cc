@@ -109,9 +109,9 @@ bool UsesCudaTiledFew(Variant variant, int64_t pairs, int64_t experts, int64_t r
                       int64_t columns) {
   // Products of 16 rows and 256 columns. With one token the kernel for 8 tokens draws level at 28
   // thousand of them.
-  constexpr int64_t kMostProducts = 8192, kMostPairs = 32;
+  constexpr int64_t kMostProducts = 8192;
   const int64_t tiles = experts == 1 ? 1 : pairs;
-  return variant != Variant::kScalarGguf && pairs <= std::min(kMostPairs, 2 * experts) &&
+  return variant != Variant::kScalarGguf && pairs <= std::min(kCudaLayerPairs, 2 * experts) &&
          tiles * (rows / 16) * ((columns + 255) / 256) <= kMostProducts && columns > 0;
 }
 
