@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(32 * kMostFewWarps, FieldsOf<Format>::kWords >
     float scale[kTokens] = {};
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-      const int row = own.tiles.pair[tile * kTokens + i] / args.pairs_a_row;
+      const unsigned pair = own.tiles.pair[tile * kTokens + i];
+      const int row = static_cast<int>(pair * args.inverse_pairs_a_row >> 16);
       const float found = PrepareStep(args, row, step * kStep + 8 * lane, own.x[i]);
       (i == 0 ? scale[0] : scale[1]) = found;
     }

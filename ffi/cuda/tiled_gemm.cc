@@ -96,6 +96,8 @@ cudaError_t LaunchTiledFew(const TiledKernels& kernels, TiledFewArgs args, cudaS
   const int steps = (args.columns + 255) / 256;
   const int steps_a_warp = (steps + kMostFewWarps - 1) / kMostFewWarps;
   const int warps = (steps + steps_a_warp - 1) / steps_a_warp;
+  // Exact, for pairs are below 32 and so is what divides them.
+  args.inverse_pairs_a_row = static_cast<uint32_t>((65536 + args.pairs_a_row - 1) / args.pairs_a_row);
   // For a tile of every pair: there may be as many.
   const dim3 grid(static_cast<unsigned>(args.rows / 16), static_cast<unsigned>(args.pairs));
   void* parameters[] = {&args};

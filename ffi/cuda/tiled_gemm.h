@@ -91,8 +91,9 @@ struct TiledFewArgs {
   const void* x;  // [.., columns]
   Element x_type;
   int32_t pairs_a_row;
-  const int32_t* expert_ids;  // [pairs]
-  const int32_t* entries;     // [pairs], as of Lists
+  uint32_t inverse_pairs_a_row;  // 2^16 over it, rounded up: LaunchTiledFew's affair
+  const int32_t* expert_ids;     // [pairs]
+  const int32_t* entries;        // [pairs], as of Lists
   int32_t pairs, experts;
   const float* pair_weight;  // null: 1
   void* y;                   // [pairs, rows]
