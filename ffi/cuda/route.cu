@@ -80,6 +80,16 @@ __device__ Softmax SoftmaxOf(Row<kValues>& row, int n) {
   return {max, 1 / WarpSum(sum)};
 }
 
+// Rounded as 1 / y is, by way of a double that is exact enough: without that division's branch for
+// results below the normal floats, so that the numbers of a lane are computed side by side.
+__device__ float Sigmoid(float x) {
+  const float y = 1.0f + expf(-x);
+  double r;
+  asm("rcp.approx.ftz.f64 %0, %1;" : "=d"(r) : "d"(static_cast<double>(y)));
+  for (int i = 0; i < 2; ++i) r = fma(r, fma(-static_cast<double>(y), r, 1.0), r);
+  return y == INFINITY ? 0.0f : static_cast<float>(r);
+}
+
 // The gate of a logit, 0 for -inf; with softmax after top-k the logit itself.
 template <Gating kGating>
 struct Gate {
@@ -87,7 +97,7 @@ struct Gate {
 
   __device__ float operator()(float x) const {
     if constexpr (kGating == Gating::kSoftmax) return softmax(x);
-    if constexpr (kGating == Gating::kSigmoid) return 1.0f / (1.0f + expf(-x));
+    if constexpr (kGating == Gating::kSigmoid) return Sigmoid(x);
     if constexpr (kGating == Gating::kSqrtSoftplus) {
       return sqrtf(fmaxf(x, 0.0f) + log1pf(expf(-fabsf(x))));
     }
@@ -181,11 +191,10 @@ __device__ bool IsBetter(float a, int a_index, float b, int b_index) {
 }
 
 // A group's score is the sum of its two best; experts of all but the best groups become -inf.
-// `team` lanes look at a group together.
-__device__ void LimitGroups(const RouteArgs& args, float* scores, float* group_scores) {
-  const int groups = args.num_groups, size = args.experts / groups;
-  const int team = groups >= 32 ? 1 : 1 << (31 - __clz(32 / groups));
-  const int first = Lane() / team, member = Lane() % team, step = 32 / team;
+// `team` lanes, a power of two, look at a group together; a group has `size` experts.
+__device__ void LimitGroups(const RouteArgs& args, int size, float* scores, float* group_scores) {
+  const int groups = args.num_groups, shift = max(0, __clz(groups - 1) - 27), team = 1 << shift;
+  const int first = Lane() >> shift, member = Lane() & (team - 1), step = 32 >> shift;
   for (int base = 0; base < groups; base += step) {
     const int group = base + first;
     float best = -INFINITY, second = -INFINITY;
@@ -215,13 +224,13 @@ __device__ void LimitGroups(const RouteArgs& args, float* scores, float* group_s
 }
 
 template <int kValues>
-__device__ void LimitGroups(const RouteArgs& args, Row<kValues>& row, float* scores,
+__device__ void LimitGroups(const RouteArgs& args, int size, Row<kValues>& row, float* scores,
                             float* group_scores) {
   ForEach<kValues>(args.experts, [&](int j, int e) {
     if (e < args.experts) scores[e] = row[j];
   });
   __syncwarp();
-  LimitGroups(args, scores, group_scores);
+  LimitGroups(args, size, scores, group_scores);
   ForEach<kValues>(args.experts, [&](int j, int e) {
     if (e < args.experts) row[j] = scores[e];
   });
@@ -245,15 +254,18 @@ __device__ float SumInOrder(Row<0>& row, int n) {
   return sum;
 }
 
+bool InRegisters(const RouteArgs& args) { return args.experts <= 512 && args.top_k <= 32; }
+
 // What a token needs of shared memory: its scores, their bias, and the groups' scores.
 __host__ __device__ int ScratchFloats(const RouteArgs& args, bool registers) {
   if (!registers) return 2 * args.experts + args.num_groups;
   return args.num_groups == 1 ? 0 : args.experts + args.num_groups;
 }
 
-// One warp a token.
-template <int kValues, Gating kGating>
-__global__ void Route(const __grid_constant__ RouteArgs args) {
+// One warp a token. kPlain: there is neither a bias nor more than one group, and the selection is
+// made on the logits. Groups have `group_size` experts.
+template <int kValues, Gating kGating, bool kPlain>
+__global__ void Route(const __grid_constant__ RouteArgs args, int group_size) {
   extern __shared__ float shared[];
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * warps + warp;
@@ -266,9 +278,10 @@ __global__ void Route(const __grid_constant__ RouteArgs args) {
 
   // The bias comes from memory, so it is fetched together with the logits.
   Row<kValues> scores(scratch), bias(scratch + experts);
-  if (args.selection_bias != nullptr) {
+  if constexpr (!kPlain) {
+    const int biased = args.selection_bias == nullptr ? 0 : experts;
     ForEach<kValues>(experts, [&](int j, int e) {
-      bias[j] = e < experts ? args.selection_bias[e] : 0.0f;
+      bias[j] = e < biased ? args.selection_bias[e] : 0.0f;
     });
   }
   bool all_nan = true;
@@ -286,15 +299,14 @@ __global__ void Route(const __grid_constant__ RouteArgs args) {
   }
   Gate<kGating> gate;
   if constexpr (kGating == Gating::kSoftmax) gate.softmax = SoftmaxOf(scores, experts);
-  if (args.selection_bias != nullptr || args.num_groups > 1) {
+  if constexpr (!kPlain) {
     ForEach<kValues>(experts, [&](int j, int) {
-      scores[j] = NanToMinusInf(gate(scores[j]) +
-                                (args.selection_bias == nullptr ? 0.0f : bias[j]));
+      scores[j] = NanToMinusInf(gate(scores[j]) + bias[j]);
     });
-  }
-  if (args.num_groups > 1) {
-    LimitGroups(args, scores, scratch, scratch + ScratchFloats(args, kValues > 0) -
-                                           args.num_groups);
+    if (args.num_groups > 1) {
+      float* group_scores = scratch + ScratchFloats(args, kValues > 0) - args.num_groups;
+      LimitGroups(args, group_size, scores, scratch, group_scores);
+    }
   }
 
   int first_id = 0;  // of this lane's ranks; the others are read again
@@ -335,38 +347,44 @@ __global__ void Route(const __grid_constant__ RouteArgs args) {
   });
 }
 
-using Kernel = void (*)(RouteArgs);
+using Kernel = void (*)(RouteArgs, int);
 
-template <int kValues>
+template <int kValues, bool kPlain>
 Kernel KernelOf(Gating gating) {
   switch (gating) {
     case Gating::kSoftmax:
-      return Route<kValues, Gating::kSoftmax>;
+      return Route<kValues, Gating::kSoftmax, kPlain>;
     case Gating::kSigmoid:
-      return Route<kValues, Gating::kSigmoid>;
+      return Route<kValues, Gating::kSigmoid, kPlain>;
     case Gating::kSoftmaxAfterTopk:
-      return Route<kValues, Gating::kSoftmaxAfterTopk>;
+      return Route<kValues, Gating::kSoftmaxAfterTopk, kPlain>;
     case Gating::kSqrtSoftplus:
-      return Route<kValues, Gating::kSqrtSoftplus>;
+      return Route<kValues, Gating::kSqrtSoftplus, kPlain>;
   }
   return nullptr;
+}
+
+template <bool kPlain>
+Kernel KernelOf(const RouteArgs& args) {
+  if (!InRegisters(args)) return KernelOf<0, kPlain>(args.gating);
+  if (args.experts <= 128) return KernelOf<4, kPlain>(args.gating);
+  if (args.experts <= 256) return KernelOf<8, kPlain>(args.gating);
+  return KernelOf<16, kPlain>(args.gating);
 }
 
 }  // namespace
 
 cudaError_t LaunchRoute(const RouteArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) return cudaSuccess;
-  const bool registers = args.experts <= 512 && args.top_k <= 32;
-  const Kernel kernel = !registers              ? KernelOf<0>(args.gating)
-                        : args.experts <= 128 ? KernelOf<4>(args.gating)
-                        : args.experts <= 256 ? KernelOf<8>(args.gating)
-                                              : KernelOf<16>(args.gating);
-  const int bytes = 4 * ScratchFloats(args, registers);
+  const bool plain = args.selection_bias == nullptr && args.num_groups == 1;
+  const Kernel kernel = plain ? KernelOf<true>(args) : KernelOf<false>(args);
+  const int bytes = 4 * ScratchFloats(args, InRegisters(args));
   const int fit = 48 * 1024 / std::max(bytes, 1);
   const int most = fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
   const int warps = static_cast<int>(std::min<int64_t>(most, args.tokens));
   const unsigned blocks = static_cast<unsigned>((args.tokens + warps - 1) / warps);
-  kernel<<<blocks, 32 * warps, bytes * warps, stream>>>(args);
+  const int group_size = args.experts / args.num_groups;
+  kernel<<<blocks, 32 * warps, bytes * warps, stream>>>(args, group_size);
   return cudaGetLastError();
 }
 
