@@ -8,6 +8,8 @@ namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 
+constexpr int kMaxWarps = 4;  // a block
+
 // The smallest normal float16: the weights' sum is clamped to it before the division.
 constexpr float kMinSum = 6.103515625e-5f;
 
@@ -33,8 +35,8 @@ __device__ double WarpSum(double x) {
 }
 
 // A warp's numbers, those of index lane, lane + 32, ... in each lane: `kValues` of them in
-// registers, or, if that is 0, any number in shared memory. A token's work is little and its
-// latency all that counts, so wherever they fit they are in registers, in code without loops.
+// registers or, if that is 0, any number in shared memory. For one token nothing but latencies
+// counts, those of instructions that come from memory included.
 template <int kValues>
 struct Row {
   float x[kValues];
@@ -265,7 +267,8 @@ __host__ __device__ int ScratchFloats(const RouteArgs& args, bool registers) {
 // One warp a token. kPlain: there is neither a bias nor more than one group, and the selection is
 // made on the logits. Groups have `group_size` experts.
 template <int kValues, Gating kGating, bool kPlain>
-__global__ void Route(const __grid_constant__ RouteArgs args, int group_size) {
+__global__ void __launch_bounds__(32 * kMaxWarps)
+    Route(const __grid_constant__ RouteArgs args, int group_size) {
   extern __shared__ float shared[];
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * warps + warp;
@@ -318,10 +321,14 @@ __global__ void Route(const __grid_constant__ RouteArgs args, int group_size) {
     const int winner = __reduce_min_sync(kAll, best.key == max ? best.index : INT_MAX);
     candidates.Remove(winner);
     if (rank % 32 != Lane()) continue;
-    if (kValues > 0 || rank < 32) first_id = winner;
-    else ids[rank] = winner;
+    if (kValues > 0 || rank < 32) {
+      first_id = winner;
+    } else {
+      ids[rank] = winner;
+    }
   }
 
+  // In shared memory the gates of the selected take the place of the scores, which are done with.
   constexpr int kSelected = kValues > 0 ? 1 : 0;
   Row<kSelected> selected(scratch);
   const auto id_of = [&](int s) { return kValues > 0 || s < 32 ? first_id : ids[s]; };
@@ -379,9 +386,8 @@ cudaError_t LaunchRoute(const RouteArgs& args, cudaStream_t stream) {
   const bool plain = args.selection_bias == nullptr && args.num_groups == 1;
   const Kernel kernel = plain ? KernelOf<true>(args) : KernelOf<false>(args);
   const int bytes = 4 * ScratchFloats(args, InRegisters(args));
-  const int fit = 48 * 1024 / std::max(bytes, 1);
-  const int most = fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
-  const int warps = static_cast<int>(std::min<int64_t>(most, args.tokens));
+  const int fit = std::min(48 * 1024 / std::max(bytes, 1), kMaxWarps);
+  const int warps = static_cast<int>(std::min<int64_t>(fit, args.tokens));
   const unsigned blocks = static_cast<unsigned>((args.tokens + warps - 1) / warps);
   const int group_size = args.experts / args.num_groups;
   kernel<<<blocks, 32 * warps, bytes * warps, stream>>>(args, group_size);
