@@ -8,8 +8,6 @@ namespace {
 
 constexpr unsigned kAll = 0xffffffffu;
 
-constexpr int kMaxWarps = 4;  // a block
-
 // The smallest normal float16: the weights' sum is clamped to it before the division.
 constexpr float kMinSum = 6.103515625e-5f;
 
@@ -267,8 +265,7 @@ __host__ __device__ int ScratchFloats(const RouteArgs& args, bool registers) {
 // One warp a token. kPlain: there is neither a bias nor more than one group, and the selection is
 // made on the logits. Groups have `group_size` experts.
 template <int kValues, Gating kGating, bool kPlain>
-__global__ void __launch_bounds__(32 * kMaxWarps)
-    Route(const __grid_constant__ RouteArgs args, int group_size) {
+__global__ void Route(const __grid_constant__ RouteArgs args, int group_size) {
   extern __shared__ float shared[];
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * warps + warp;
@@ -386,7 +383,7 @@ cudaError_t LaunchRoute(const RouteArgs& args, cudaStream_t stream) {
   const bool plain = args.selection_bias == nullptr && args.num_groups == 1;
   const Kernel kernel = plain ? KernelOf<true>(args) : KernelOf<false>(args);
   const int bytes = 4 * ScratchFloats(args, InRegisters(args));
-  const int fit = std::min(48 * 1024 / std::max(bytes, 1), kMaxWarps);
+  const int fit = std::min(48 * 1024 / std::max(bytes, 1), 4);
   const int warps = static_cast<int>(std::min<int64_t>(fit, args.tokens));
   const unsigned blocks = static_cast<unsigned>((args.tokens + warps - 1) / warps);
   const int group_size = args.experts / args.num_groups;
