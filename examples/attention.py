@@ -10,6 +10,13 @@ import numpy as np
 from jax import Array
 
 
+class Rotation(NamedTuple):
+    """Cosines and sines of the angles, each `[T, 1, head_dim / 2]`: for all heads and layers."""
+
+    cos: Array
+    sin: Array
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary position embedding, with the YaRN extension of a model's context.
@@ -49,12 +56,16 @@ class Rope:
         scale = self.scale * (1 + 0.1 * math.log(max(1.0, self.factor)))
         return stretched * (1 - keep) + trained * keep, scale
 
+    def rotation(self, positions: Array, head_dim: int) -> Rotation:
+        """By positions `[T]`."""
+        frequencies, scale = self.frequencies(head_dim)
+        angles = positions[:, None, None].astype(jnp.float32) * frequencies.astype(np.float32)
+        return Rotation(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 
-def rotate(x: Array, positions: Array, rope: Rope) -> Array:
-    """Turns x `[T, heads, head_dim]` by positions `[T]`; element i pairs with i + head_dim / 2."""
-    frequencies, scale = rope.frequencies(x.shape[-1])
-    angles = positions[:, None, None].astype(jnp.float32) * frequencies.astype(np.float32)
-    cos, sin = jnp.cos(angles) * scale, jnp.sin(angles) * scale
+
+def rotate(x: Array, rotation: Rotation) -> Array:
+    """Turns x `[T, heads, head_dim]`; element i pairs with i + head_dim / 2."""
+    cos, sin = rotation
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 

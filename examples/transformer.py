@@ -2,7 +2,7 @@
 
 What tells the two apart is data: which optional parameters a layer has, and its window. A layer is
 
-    x += o(attention(rotate(q_norm(q(norm(x)))), rotate(k_norm(k(norm(x)))), v(norm(x))))
+    x += o(attention(rotate(qk_norm(q(norm(x)))), rotate(qk_norm(k(norm(x)))), v(norm(x))))
     x += moe_block(norm(x))
 
 All matrices stay packed as the file has them. Those of attention and the vocabulary are MoE weights
@@ -14,7 +14,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from attention import KVCache, Rope, attend, rotate
+from attention import KVCache, Rope, Rotation, attend, rotate
 from jax import Array
 
 import jax_moe
@@ -76,7 +76,9 @@ class Layer:
     The rows of `qkv`, one matrix after another, give queries, keys and values: a single matrix
     where all are packed alike, since few tokens take as long with few rows as with many.
 
-    Qwen3-MoE has q_norm and k_norm; gpt-oss has sinks, biases, and a window in every other layer.
+    Qwen3-MoE has a norm of each query's and key's head, in rows of qk_norm
+    `[num_heads + num_kv_heads, head_dim]`; gpt-oss has sinks, biases, and a window in every other
+    layer.
     """
 
     attention_norm: Array
@@ -84,8 +86,7 @@ class Layer:
     o: Linear
     moe_norm: Array
     moe: jax_moe.MoEParams
-    q_norm: Array | None
-    k_norm: Array | None
+    qk_norm: Array | None
     sinks: Array | None
     moe_config: jax_moe.MoEConfig = field(metadata={"static": True})
     window: int | None = field(metadata={"static": True})
@@ -103,9 +104,11 @@ class Transformer:
     config: Config = field(metadata={"static": True})
 
     def new_cache(self, capacity: int) -> list[KVCache]:
-        """An empty cache for so many positions, one a layer."""
+        """An empty cache for at least so many positions, one a layer."""
         config = self.config
-        shape = (config.num_kv_heads, capacity, config.head_dim)
+        # XLA's matrix products on a GPU take multiples of 16: any other capacity would have it copy
+        # both caches into larger arrays, in every layer and for every token.
+        shape = (config.num_kv_heads, -(-capacity // 16) * 16, config.head_dim)
         return [
             KVCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
             for _ in self.layers
@@ -120,13 +123,16 @@ def forward(
     Returns:
       the residual stream after the last layer, float32 `[T, d_model]`, and the filled caches.
     """
+    config = model.config
+    positions = start + jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    rotation = config.rope.rotation(positions, config.head_dim)
     x = model.embedding.rows(tokens)
     written = []
     # Layers are unrolled: `lax.scan` over stacked layers would have to slice the experts of one
     # layer out of the stack, a copy of them all, of which a token needs a few. Since `_layer` is
     # jitted, layers of one structure are traced once; each still has its own place in the program.
     for layer, cache in zip(model.layers, caches, strict=True):
-        x, cache = _layer(layer, x, cache, start, config=model.config)
+        x, cache = _layer(layer, x, cache, start, rotation, config=config)
         written.append(cache)
     return x, written
 
@@ -139,7 +145,7 @@ def logits(model: Transformer, x: Array) -> Array:
 
 @partial(jax.jit, static_argnames="config")
 def _layer(
-    layer: Layer, x: Array, cache: KVCache, start: Array, *, config: Config
+    layer: Layer, x: Array, cache: KVCache, start: Array, rotation: Rotation, *, config: Config
 ) -> tuple[Array, KVCache]:
     positions = start + jnp.arange(x.shape[0], dtype=jnp.int32)
     norm = partial(_rms_norm, eps=config.norm_eps)
@@ -147,20 +153,14 @@ def _layer(
     normed = norm(x, layer.attention_norm).astype(config.dtype)
     heads = jnp.concatenate([linear(normed) for linear in layer.qkv], axis=-1)
     heads = heads.reshape(x.shape[0], -1, config.head_dim)
-    first_key, first_value = config.num_heads, config.num_heads + config.num_kv_heads
-    q, k, v = jnp.split(heads, (first_key, first_value), axis=1)
-    if layer.q_norm is not None:
-        q = norm(q, layer.q_norm)
-    if layer.k_norm is not None:
-        k = norm(k, layer.k_norm)
-    cache = cache.write(rotate(k, positions, config.rope), v, start)
-    mixed = attend(
-        rotate(q, positions, config.rope),
-        cache,
-        positions,
-        window=layer.window,
-        sinks=layer.sinks,
-    )
+    # What happens to queries and keys alike happens to both at once: each step of few tokens is a
+    # small kernel that takes as long with few heads as with many.
+    qk, v = jnp.split(heads, (config.num_heads + config.num_kv_heads,), axis=1)
+    if layer.qk_norm is not None:
+        qk = norm(qk, layer.qk_norm)
+    q, k = jnp.split(rotate(qk, rotation), (config.num_heads,), axis=1)
+    cache = cache.write(k, v, start)
+    mixed = attend(q, cache, positions, window=layer.window, sinks=layer.sinks)
     x += layer.o(mixed.astype(config.dtype))
 
     normed = norm(x, layer.moe_norm).astype(config.dtype)

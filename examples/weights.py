@@ -132,11 +132,21 @@ class _Reader:
             o=self.linear(f"{prefix}.attn_output"),
             moe_norm=self.vector(f"{prefix}.{MOE_NORM[self.file.architecture]}.weight"),
             moe=moe,
-            q_norm=self.optional(f"{prefix}.attn_q_norm.weight"),
-            k_norm=self.optional(f"{prefix}.attn_k_norm.weight"),
+            qk_norm=self.qk_norm(prefix),
             sinks=self.optional(f"{prefix}.attn_sinks.weight"),
             moe_config=moe_config,
             window=self.window(i),
+        )
+
+    def qk_norm(self, prefix: str) -> jax.Array | None:
+        """Of all heads of queries and then of keys, where the file has a norm for either."""
+        q_norm, k_norm = (f"{prefix}.attn_{which}_norm.weight" for which in "qk")
+        if not {q_norm, k_norm} & set(self.file.tensors):
+            return None
+        config = self.config()
+        rows = (config.num_heads, 1), (config.num_kv_heads, 1)
+        return jnp.concatenate(
+            [jnp.tile(self.vector(q_norm), rows[0]), jnp.tile(self.vector(k_norm), rows[1])]
         )
 
     def linear(self, name: str, prepack: bool | None = None) -> Linear:
