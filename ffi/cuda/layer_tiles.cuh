@@ -24,7 +24,7 @@ class LayerTiles {
       : table_(table) {
     const int lane = threadIdx.x % 32, mask = (1 << log_tokens) - 1;
     const bool valid = id >= 0 && id < experts;
-    if (!valid) id = -1 - lane;  // like no other
+    if (!valid) id = -1;  // all the same: different values are looked for one after another
     const unsigned same = __match_any_sync(0xffffffffu, id);
     const unsigned before = (1u << lane) - 1;
     const int rank = __popc(same & before);

@@ -14,10 +14,9 @@
 // full of down's weights, and the same steps make y.
 #pragma once
 
-#include <cooperative_groups.h>
-
 #include <type_traits>
 
+#include "ffi/cuda/grid_barrier.cuh"
 #include "ffi/cuda/layer_tiles.cuh"
 #include "ffi/cuda/row_layouts.cuh"
 #include "ffi/cuda/tiled_epilogue.cuh"
@@ -44,17 +43,19 @@ struct TiledLayerShape {
   };
   struct alignas(16) Memory {
     Warp warp[kWarps];
-    // Of each warp's part of a row of x: the bits of its maximum, and its sum of squares.
-    uint32_t max[kWarps];
-    float squares[kWarps];
+    uint32_t max[kWarps];       // of each warp's part of a row of x: the bits of its maximum
+    float squares[kWarps][32];  // of each thread's
     // Of a pair: what its sums of gate and up are multiplied by, h, what undoes the latter, and the
     // sums of down.
     float factor[kPairs], h_factor[kPairs], h_scale[kPairs], weight[kPairs];
     float of_pair[4][kPairs];  // row norms of gate and up, the weight before them, the one of down
+    // The biases that a thread adds first: to h, and to a pair's part of y.
+    float bias[2][32 * kWarps];
+    // GridBarrier's word, and what it was before this block had arrived.
+    uint32_t* barrier;
+    uint32_t barrier_before;
   };
 };
-
-__device__ __forceinline__ float Reciprocal(float x) { return __fdividef(1.0f, x); }
 
 template <typename Up, typename Down>
 class LayerWarp {
@@ -62,47 +63,51 @@ class LayerWarp {
   using Shape = TiledLayerShape<Up, Down>;
   using Memory = typename Shape::Memory;
 
-  // more: x, sums and pairs' results (plan::CudaLayerShape).
+  // more: x and sums (plan::CudaLayerShape).
   __device__ __forceinline__ LayerWarp(const TiledLayerArgs& args, Memory& memory, uint8_t* more)
       : args_(args),
         m_(memory),
-        warp_(threadIdx.x / 32),
+        warp_(__shfl_sync(0xffffffffu, threadIdx.x / 32, 0)),
         lane_(threadIdx.x % 32),
-        matrices_(args.up.gated ? 2 : 1),
-        bands_(args.up.rows / Shape::kRows),
-        pairs_(args.down.tokens * args.down.top_k),
-        id_(lane_ < pairs_ ? args.down.expert_ids[lane_] : -1),
+        matrices_(args.matrices),
+        bands_(args.bands[0]),
+        pairs_(args.pairs),
         x_row_(Quotient(warp_, args.inverse_x_warps)),
         x_unit_(threadIdx.x - 32 * args.x_warps * x_row_),
-        x_end_(x_row_ < args.down.tokens ? args.x_units : 0),
-        x_first_{LoadX(x_unit_), LoadX(x_unit_ + 32 * args.x_warps)},
+        x_end_(x_row_ < args.tokens ? args.x_units : 0),
         ring_(memory.warp[warp_].ring, memory.warp[warp_].full),
-        tiles_(id_, args.down.experts, args.log_tokens, memory.warp[warp_].tiles),
+        id_(LoadId()),
+        x_first_{LoadX(x_unit_), LoadX(x_unit_ + 32 * args.x_warps)},
+        tiles_(id_, args.experts, args.log_tokens, memory.warp[warp_].tiles),
         x_(reinterpret_cast<half*>(more)),
-        sums_(reinterpret_cast<float*>(more + args.x_bytes)),
-        done_(reinterpret_cast<float*>(more + args.x_bytes + args.sum_bytes)) {}
+        sums_(reinterpret_cast<float*>(more + args.x_bytes)) {}
 
   __device__ __forceinline__ void Run() {
-    const int blocks = gridDim.x, block = blockIdx.x;
-    const int items = tiles_.Number() * bands_, down_bands = args_.down.y_pitch / Shape::kRows;
+    const int blocks = args_.blocks, block = blockIdx.x;
+    const int items = tiles_.Number() * bands_, down_bands = args_.bands[1];
     // Blocks with one item less are the first to have one band of down more.
     items_ = Quotient(items - block + blocks - 1, args_.inverse_blocks);
     down_bands_ = Quotient(down_bands + block, args_.inverse_blocks);
-    up_ = Spread(items_ * matrices_, args_.rows[0].steps);
-    down_ = Spread(down_bands_ * tiles_.Number(), args_.rows[1].steps);
     fetch_ = Begin(0);
-    while (ring_.HasPlace() && FetchStep()) {
+    if (FindsFactors()) FetchOfPair();
+    // A copy keeps a warp from issuing the next one for some time, in which x is prepared.
+    static_assert(Shape::Narrow::kStages >= 2);
+#pragma unroll 1
+    for (int i = 0; i < Shape::Narrow::kStages; ++i) {
+      FetchStep();
+      if (i == 0) FindMaxOfX();
+      if (i == 1) ScaleX();
     }
-    if (warp_ == 0) FetchOfPair();
-    PrepareX();
+    __syncthreads();
+    if (FindsFactors()) FindFactors();
+    if (__builtin_expect(args_.biased, false)) FetchBiases();
 #pragma unroll 1
     for (int phase = 0; phase < 2; ++phase) {
-      if (phase == 1) cooperative_groups::this_grid().sync();
       Multiply(phase);
       if (phase == 0) {
-        if (warp_ == 0) FindFactors();
-        __syncthreads();
         FinishH();
+        __syncthreads();
+        if (threadIdx.x == 0) GridBarrier::Arrive(m_.barrier);
       }
     }
     __syncthreads();
@@ -110,23 +115,23 @@ class LayerWarp {
   }
 
  private:
-  // n / d of small numbers, where the quotient is below 2^10 and n below 2^20.
-  static __device__ __forceinline__ int Quotient(int n, float inverse_of_d) {
-    return static_cast<int>((static_cast<float>(n) + 0.5f) * inverse_of_d);
+  // n / d where n d is below 2^31, from 2^31 / d rounded up.
+  static __device__ __forceinline__ int Quotient(int n, uint32_t inverse_of_d) {
+    return static_cast<int>(__umulhi(2u * static_cast<uint32_t>(n), inverse_of_d));
   }
 
   // Groups of equally many steps, one after another, and how many a warp has of the steps: the
   // first `chunk`, the next, and so on.
   struct Spread {
     int total, chunk;
-    float inverse_chunk;
-    Spread() = default;
     __device__ __forceinline__ Spread(int groups, int steps)
         : total(groups * steps),
-          chunk((total + Shape::kWarps - 1) / Shape::kWarps),
-          inverse_chunk(Reciprocal(static_cast<float>(chunk))) {}
+          chunk(static_cast<unsigned>(total + Shape::kWarps - 1) / Shape::kWarps) {}
   };
-  __device__ __forceinline__ Spread SpreadOf(int phase) const { return phase == 0 ? up_ : down_; }
+  __device__ __forceinline__ Spread SpreadOf(int phase) const {
+    const int groups = phase == 0 ? items_ * matrices_ : down_bands_ * tiles_.Number();
+    return Spread(groups, args_.rows[phase].steps);
+  }
 
   // A warp's way through its steps.
   struct Walk {
@@ -151,7 +156,7 @@ class LayerWarp {
   };
   __device__ __forceinline__ Group Locate(int phase, int group) const {
     if (phase == 0) {
-      const int item = blockIdx.x + (matrices_ == 2 ? group >> 1 : group) * gridDim.x;
+      const int item = blockIdx.x + (matrices_ == 2 ? group >> 1 : group) * args_.blocks;
       const int tile = Quotient(item, args_.inverse_bands);
       return {matrices_ == 2 ? group & 1 : 1, tile, item - tile * bands_};
     }
@@ -160,7 +165,14 @@ class LayerWarp {
     return {2, group, DownBand(n)};
   }
   __device__ __forceinline__ int DownBand(int n) const {
-    return gridDim.x - 1 - blockIdx.x + n * gridDim.x;
+    return args_.blocks - 1 - static_cast<int>(blockIdx.x) + n * args_.blocks;
+  }
+
+  // Bytes of 256 columns of a band.
+  static __device__ __forceinline__ int StageBytes(int phase) {
+    constexpr int kUp = TiledNarrowShape<Up>::kStageBytes;
+    constexpr int kDown = TiledNarrowShape<Down>::kStageBytes;
+    return kUp == kDown || phase == 0 ? kUp : kDown;
   }
 
   __device__ __forceinline__ bool FetchStep() {
@@ -170,22 +182,37 @@ class LayerWarp {
       fetch_ = Begin(1);
       if (fetch_.left <= 0) return false;
     }
-    const auto& rows = args_.rows[fetch_phase_];
+    const int stage_bytes = StageBytes(fetch_phase_);
     if (fetch_.begins) {
+      const auto& rows = args_.rows[fetch_phase_];
       const Group group = Locate(fetch_phase_, fetch_.group);
       const TiledMatrix& matrix = args_.matrix[group.matrix];
+      const int at = fetch_.step * stage_bytes;
       fetch_from_ = matrix.data + tiles_.Expert(group.tile) * matrix.expert_bytes +
-                    group.band * Shape::kRows * rows.bytes;
+                    int64_t{group.band} * rows.band_bytes + at;
+      fetch_bytes_ = rows.band_bytes - at;
+      ++fetch_.group;
+      fetch_.step = 0;
     }
-    const int at = fetch_.step * rows.stage_bytes;
-    ring_.Fetch(fetch_from_ + at, min(rows.stage_bytes, rows.band_bytes - at), nullptr);
-    fetch_.Next(rows.steps);
+    ring_.Fetch(fetch_from_, min(stage_bytes, fetch_bytes_));
+    fetch_from_ += stage_bytes;
+    fetch_bytes_ -= stage_bytes;
+    --fetch_.left;
+    fetch_.begins = fetch_bytes_ <= 0;
     return true;
   }
 
-  // Of pair lane: what FindFactors needs, to shared memory, so that no other load is waited for
-  // with these.
+  // The last warp, which has the fewest steps, finds the pairs' factors while weights are on their
+  // way.
+  __device__ __forceinline__ bool FindsFactors() const { return warp_ == Shape::kWarps - 1; }
+
+  // Of pair lane: what FindFactors needs, to shared memory. Loads that follow those of weights come
+  // late.
   __device__ __forceinline__ void FetchOfPair() {
+    if (lane_ == 0) {
+      m_.barrier = GridBarrier::Word();
+      CopyAsync4(&m_.barrier_before, m_.barrier);
+    }
     if (tiles_.Place(lane_) != LayerTiles::kNone) {
       const auto fetch = [&](int i, const float* from) {
         CopyAsync4(&m_.of_pair[i][lane_], from);
@@ -201,6 +228,40 @@ class LayerWarp {
     CommitCopies();
   }
 
+  // Loads that are waited for when h and y are finished take as long as a step.
+  __device__ __forceinline__ void FetchBiases() {
+    const Projection& up = args_.up.projection[lane_ / Shape::kRows];
+    const Projection& down = args_.down.projection;
+    if (up.bias != nullptr) {
+      ForEachOfH([&](int i, int, int tile, int, int n) {
+        if (i != warp_) return;
+        CopyAsync4(&m_.bias[0][threadIdx.x], up.bias + tiles_.Expert(tile) * up.bias_pitch + n);
+      });
+    }
+    const int place = tiles_.Place(lane_);
+    if (down.bias != nullptr && place != LayerTiles::kNone && down_bands_ > 0) {
+      CopyAsync4(&m_.bias[1][threadIdx.x],
+                 down.bias + tiles_.Expert(place / Shape::kTokens) * down.bias_pitch +
+                     DownBand(0) * Shape::kRows + warp_);
+    }
+    CommitCopies();
+  }
+  // As tiled_epilogue.cuh's; the bias is here where it is the thread's first one.
+  __device__ __forceinline__ float FinishProjection(const Projection& p, float value, int expert,
+                                                    int row, int matrix, bool is_first) const {
+    if (p.scale != nullptr) value *= p.scale[expert];
+    if (p.bias != nullptr) {
+      value += is_first ? m_.bias[matrix][threadIdx.x] : p.bias[expert * p.bias_pitch + row];
+    }
+    return value;
+  }
+
+  __device__ __forceinline__ int LoadId() const {
+    WaitForEarlierKernels();
+    LetNextKernelStart();
+    return lane_ < pairs_ ? args_.expert_ids[lane_] : -1;
+  }
+
   // x is prepared in units of 16 bytes, eight values or four of float32. A row belongs to
   // args_.x_warps warps, whose lanes have every so many-th unit. Loads come late once weights are
   // on their way, so each thread's first two units are loaded before.
@@ -211,15 +272,16 @@ class LayerWarp {
   struct Eight {
     float v[8];
   };
-  __device__ __forceinline__ Eight ToFloat(const uint4& unit) const {
+  template <Element kType>
+  static __device__ __forceinline__ Eight ToFloat(const uint4& unit) {
     const uint32_t words[] = {unit.x, unit.y, unit.z, unit.w};
     Eight eight;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (args_.x_type == Element::kBF16) {
+      if (kType == Element::kBF16) {
         eight.v[2 * i] = __uint_as_float(words[i] << 16);
         eight.v[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-      } else if (args_.x_type == Element::kF16) {
+      } else if (kType == Element::kF16) {
         const float2 two = __half22float2(Halves(words[i]));
         eight.v[2 * i] = two.x, eight.v[2 * i + 1] = two.y;
       } else {
@@ -229,14 +291,32 @@ class LayerWarp {
     }
     return eight;
   }
-  // f(unit, its values) for the units of this thread.
+  // The larger magnitudes of both, in float32 or in the halves of words.
+  template <Element kType>
+  static __device__ __forceinline__ uint32_t Larger(uint32_t max, const uint4& unit) {
+    const uint32_t words[] = {unit.x, unit.y, unit.z, unit.w};
+#pragma unroll
+    for (const uint32_t word : words) {
+      max = kType == Element::kF32 ? ::max(max, word & 0x7fffffffu)
+                                   : __vmaxu2(max, word & 0x7fff7fffu);
+    }
+    return max;
+  }
+  // Such a maximum as that of float32.
+  template <Element kType>
+  static __device__ __forceinline__ uint32_t MaxBits(uint32_t max) {
+    if (kType == Element::kF32) return max;
+    max = ::max(max & 0xffffu, max >> 16);
+    return kType == Element::kBF16 ? max << 16 : __float_as_uint(HalfBits(max));
+  }
+  // f(unit, its bits) for the units of this thread.
   template <typename F>
   __device__ __forceinline__ void ForEachUnit(F f) const {
 #pragma unroll 1
     for (int n = 0, unit = x_unit_; unit < x_end_; ++n, unit += 32 * args_.x_warps) {
       uint4 bits = n == 0 ? x_first_[0] : x_first_[1];
       if (n > 1) bits = LoadX(unit);
-      f(unit, ToFloat(bits));
+      f(unit, bits);
     }
   }
 
@@ -245,20 +325,38 @@ class LayerWarp {
     return ExponentOfBits(__reduce_max_sync(0xffffffffu, max));
   }
 
-  // As PrepareTiledRow in Layout::kF16Narrow but for the order of eight columns.
-  __device__ __forceinline__ void PrepareX() {
+  // f(std::integral_constant<Element, type of x>)
+  template <typename F>
+  __device__ __forceinline__ void WithTypeOfX(F f) const {
+    if (__builtin_expect(args_.x_type == Element::kBF16, true)) {
+      f(std::integral_constant<Element, Element::kBF16>());
+    } else if (args_.x_type == Element::kF16) {
+      f(std::integral_constant<Element, Element::kF16>());
+    } else {
+      f(std::integral_constant<Element, Element::kF32>());
+    }
+  }
+  __device__ __forceinline__ void FindMaxOfX() {
     uint32_t max = 0;
-    ForEachUnit([&](int, const Eight& eight) {
-#pragma unroll
-      for (const float x : eight.v) max = ::max(max, __float_as_uint(x) & 0x7fffffffu);
+    WithTypeOfX([&](auto type) {
+      constexpr Element kType = decltype(type)::value;
+      ForEachUnit([&](int, const uint4& bits) { max = Larger<kType>(max, bits); });
+      max = MaxBits<kType>(max);
     });
     max = __reduce_max_sync(0xffffffffu, max);
     if (lane_ == 0) m_.max[warp_] = max;
+  }
+  // As PrepareTiledRow in Layout::kF16Narrow but for the order of eight columns.
+  __device__ __forceinline__ void ScaleX() {
     __syncthreads();
+    if (x_row_ >= args_.tokens) return;
     float squares = 0;
-    if (x_row_ < args_.down.tokens) {
-      const float factor = PowerOfTwo(ExponentOfX(x_row_));
-      ForEachUnit([&](int unit, const Eight& eight) {
+    const float factor = PowerOfTwo(ExponentOfX(x_row_));
+    auto* to = reinterpret_cast<uint4*>(x_ + x_row_ * args_.x_pitch);
+    WithTypeOfX([&](auto type) {
+      constexpr Element kType = decltype(type)::value;
+      ForEachUnit([&](int unit, const uint4& bits) {
+        const Eight eight = ToFloat<kType>(bits);
         uint32_t halves[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -266,30 +364,31 @@ class LayerWarp {
           squares = fmaf(low, low, fmaf(high, high, squares));
           halves[i] = PackHalves(low, high);
         }
-        auto* to = reinterpret_cast<uint4*>(x_ + x_row_ * args_.x_pitch);
-        if (args_.x_type == Element::kF32) {
+        if (kType == Element::kF32) {
           auto* words = reinterpret_cast<uint32_t*>(to + PlaceOfGroup(unit / 2)) + unit % 2;
           words[0] = halves[0], words[2] = halves[1];
         } else {
           to[PlaceOfGroup(unit)] = {halves[0], halves[2], halves[1], halves[3]};
         }
       });
-#pragma unroll
-      for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, d);
-    }
-    if (lane_ == 0) m_.squares[warp_] = squares;
-    __syncthreads();
+    });
+    m_.squares[warp_][lane_] = squares;
   }
 
   // Of pair lane, by the warp that has fetched what it needs.
   __device__ __forceinline__ void FindFactors() {
-    const bool exists = tiles_.Place(lane_) != LayerTiles::kNone;
+    const int place = tiles_.Place(lane_);
+    const bool exists = place != LayerTiles::kNone;
     const int own = TokenOf(min(lane_, pairs_ - 1));
     BoundOfH known = {};
 #pragma unroll 1
-    for (int token = 0; token < args_.down.tokens; ++token) {
+    for (int token = 0; token < args_.tokens; ++token) {
       const int exponent = ExponentOfX(token);
-      float squares = lane_ < args_.x_warps ? m_.squares[token * args_.x_warps + lane_] : 0.0f;
+      float squares = 0;
+#pragma unroll 1
+      for (int i = 0; i < args_.x_warps; ++i) {
+        squares += m_.squares[token * args_.x_warps + i][lane_];
+      }
 #pragma unroll
       for (int d = 16; d > 0; d /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, d);
       if (token == own) known.scale = PowerOfTwo(-exponent), known.norm = 1.001f * sqrtf(squares);
@@ -315,19 +414,27 @@ class LayerWarp {
   }
   __device__ __forceinline__ int TokenOf(int pair) const {
     int token = 0;
-    for (pair -= args_.down.top_k; pair >= 0; pair -= args_.down.top_k) ++token;
+    for (pair -= args_.top_k; pair >= 0; pair -= args_.top_k) ++token;
     return token;
   }
 
   __device__ __forceinline__ void Multiply(int phase) {
     Walk at = Begin(phase);
-    if (at.left <= 0) return;
     const int columns = args_.rows[phase].columns, steps = args_.rows[phase].steps;
     StepOfTwo x(columns);
-    int tile = Locate(phase, at.group).tile;
-    x.MoveTo(RowOf(phase, tile));
-    x.Load(0, at.step * Shape::kStep);
-    x.Load(1, at.step * Shape::kStep);
+    int tile = 0;
+    if (at.left > 0) {
+      tile = Locate(phase, at.group).tile;
+      x.MoveTo(RowOf(phase, tile), phase == 0);
+    }
+    if (phase == 1) {
+      if (threadIdx.x == 0) GridBarrier::Wait(m_.barrier, m_.barrier_before);
+      __syncthreads();
+    }
+    if (at.left > 0) {
+      x.Load(0, at.step * Shape::kStep);
+      x.Load(1, at.step * Shape::kStep);
+    }
 #pragma unroll 1
     while (at.left > 0) {
       const int group = at.group, count = tiles_.Count(tile);
@@ -338,7 +445,7 @@ class LayerWarp {
         at.Next(steps);
         if (at.begins && at.left > 0) {
           tile = Locate(phase, at.group).tile;
-          x.MoveTo(RowOf(phase, tile));
+          x.MoveTo(RowOf(phase, tile), phase == 0);
         }
         const int column = step * Shape::kStep, next = at.step * Shape::kStep;
         const uint8_t* weights = ring_.Wait().weights;
@@ -361,87 +468,106 @@ class LayerWarp {
   __device__ __forceinline__ float* Sums(int group, int warp) const {
     return sums_ + (group + warp << args_.log_tokens) * Shape::kRows;
   }
-  __device__ __forceinline__ float SumOf(int phase, int group, int token, int row) const {
-    const Spread spread = SpreadOf(phase);
+  // Of a token's row of a group.
+  __device__ __forceinline__ float SumOf(int phase, uint32_t inverse_chunk, int group, int token,
+                                         int row) const {
     const int begin = group * args_.rows[phase].steps;
-    const int first = Quotient(begin, spread.inverse_chunk);
-    const int last = Quotient(begin + args_.rows[phase].steps - 1, spread.inverse_chunk);
+    const int last = WarpOf(begin + args_.rows[phase].steps - 1, inverse_chunk);
     float sum = 0;
-    for (int warp = first; warp <= last; ++warp) {
+#pragma unroll 1
+    for (int warp = WarpOf(begin, inverse_chunk); warp <= last; ++warp) {
       sum += Sums(group, warp)[token * Shape::kRows + row];
     }
     return sum;
   }
+  // The warp that has a step, step / chunk, from 2^31 / chunk, nearly.
+  static __device__ __forceinline__ int WarpOf(int step, uint32_t inverse_chunk) {
+    return static_cast<int>(__umulhi(2u * static_cast<uint32_t>(step) + 1, inverse_chunk));
+  }
+  __device__ __forceinline__ uint32_t InverseChunk(int phase) const {
+    return __float2uint_rn(__fdividef(0x1p31f, static_cast<float>(SpreadOf(phase).chunk)));
+  }
 
-  // A thread has one row of a token of an item at a time.
-  __device__ __forceinline__ void FinishH() const {
+  // A warp has a token of an item at a time, lanes below 16 the rows of gate and the others those
+  // of up: f(i, group, tile, token, row).
+  template <typename F>
+  __device__ __forceinline__ void ForEachOfH(F f) const {
     const int log_tokens = args_.log_tokens;
-    WithActivation(args_.up.activation, [&](auto activation) {
 #pragma unroll 1
-      for (int i = threadIdx.x; i < items_ * Shape::kRows << log_tokens; i += blockDim.x) {
-        const int row = i % Shape::kRows, token = i / Shape::kRows & ((1 << log_tokens) - 1);
-        const int group = (i / Shape::kRows >> log_tokens) * matrices_;
-        const Group at = Locate(0, group);
-        if (token >= tiles_.Count(at.tile)) continue;
-        const int pair = tiles_.Pair(at.tile, token), n = at.band * Shape::kRows + row;
-        const float factor = m_.factor[pair];
-        const float first = SumOf(0, group, token, row) * factor;
-        const float second =
-            matrices_ == 2 ? SumOf(0, group + 1, token, row) * factor : first;
-        const RowFinish finish(args_.up, tiles_.Expert(at.tile), n);
-        const float h = finish.Activate<decltype(activation)::value>(args_.up, first, second);
-        static_cast<half*>(args_.up.y)[pair * args_.up.y_pitch + n / 128 * 128 +
-                                       NarrowPlace(TwoTokenPlace(n % 128))] =
-            __float2half_rn(h * m_.h_factor[pair]);
-      }
+    for (int i = warp_; i < items_ << log_tokens; i += Shape::kWarps) {
+      const int token = i & ((1 << log_tokens) - 1), group = (i >> log_tokens) * matrices_;
+      const Group at = Locate(0, group);
+      if (token >= tiles_.Count(at.tile)) continue;
+      f(i, group, at.tile, token, at.band * Shape::kRows + lane_ % Shape::kRows);
+    }
+  }
+  __device__ __forceinline__ void FinishH() const {
+    const int is_up = lane_ / Shape::kRows, row = lane_ % Shape::kRows;
+    const Projection& projection = args_.up.projection[is_up];
+    const uint32_t inverse_chunk = InverseChunk(0);
+    if (args_.biased) WaitCopies<0>();
+    WithActivation(args_.up.activation, [&](auto activation) {
+      __syncthreads();
+      ForEachOfH([&](int i, int group, int tile, int token, int n) {
+        const int pair = tiles_.Pair(tile, token);
+        if (matrices_ == 2) group += is_up;
+        const float sum = SumOf(0, inverse_chunk, group, token, row) * m_.factor[pair];
+        const float value =
+            FinishProjection(projection, sum, tiles_.Expert(tile), n, 0, i == warp_);
+        const float gate = __shfl_xor_sync(0xffffffffu, value, Shape::kRows);
+        if (is_up) {
+          const float h = FastActivate<decltype(activation)::value>(
+              gate, value, args_.up.limit, args_.up.beta, args_.up.linear_beta);
+          static_cast<half*>(args_.up.y)[pair * args_.up.y_pitch + n / 128 * 128 +
+                                         NarrowPlace(TwoTokenPlace(n % 128))] =
+              __float2half_rn(h * m_.h_factor[pair]);
+        }
+      });
     });
   }
 
-  // A thread has one column of a pair at a time, and then of a token.
+  // Warp r has row r of a band of down and its lanes the pairs, whose results come together in the
+  // lane of their token's first one.
   __device__ __forceinline__ void FinishY() const {
-    static_assert(Shape::kPairs * Shape::kRows == 32 * Shape::kWarps);
-    const int row = threadIdx.x % Shape::kRows, of = threadIdx.x / Shape::kRows;
-    const int place = of < pairs_ ? tiles_.Place(of) : LayerTiles::kNone;
-    const int tile = place == LayerTiles::kNone ? 0 : place / Shape::kTokens;
+    static_assert(Shape::kPairs == 32 && Shape::kRows == Shape::kWarps);
+    const int place = tiles_.Place(lane_), top_k = args_.top_k;
+    const int token = TokenOf(min(lane_, pairs_ - 1)), slot = lane_ - token * top_k;
+    const uint32_t inverse_chunk = InverseChunk(1);
 #pragma unroll 1
     for (int n = 0; n < down_bands_; ++n) {
-      float value = 0;
-      if (place != LayerTiles::kNone) {
-        value = SumOf(1, n * tiles_.Number() + tile, place % Shape::kTokens, row);
-        value = FinishProjection(args_.down.projection, value * m_.h_scale[of], tiles_.Expert(tile),
-                                 DownBand(n) * Shape::kRows + row) *
-                m_.weight[of];
-      }
-      done_[n * 32 * Shape::kWarps + threadIdx.x] = value;
-    }
-    __syncthreads();
-    if (of >= args_.down.tokens) return;
-#pragma unroll 1
-    for (int n = 0; n < down_bands_; ++n) {
-      const float* from = done_ + (n * Shape::kPairs + of * args_.down.top_k) * Shape::kRows + row;
+      const int row = DownBand(n) * Shape::kRows + warp_;
       float y = 0;
-      for (int slot = 0; slot < args_.down.top_k; ++slot) y += from[slot * Shape::kRows];
-      Store(args_.down.y, of * args_.down.y_pitch + DownBand(n) * Shape::kRows + row,
-            args_.down.y_type, y);
+      if (place != LayerTiles::kNone) {
+        const int tile = place / Shape::kTokens;
+        y = SumOf(1, inverse_chunk, n * tiles_.Number() + tile, place % Shape::kTokens, warp_);
+        y = FinishProjection(args_.down.projection, y * m_.h_scale[lane_], tiles_.Expert(tile),
+                             row, 1, n == 0) *
+            m_.weight[lane_];
+      }
+#pragma unroll 1
+      for (int d = 1; d < top_k; d *= 2) {
+        const float other = __shfl_down_sync(0xffffffffu, y, d);
+        if (slot + d < top_k) y += other;
+      }
+      if (slot == 0) Store(args_.down.y, token * args_.down.y_pitch + row, args_.down.y_type, y);
     }
   }
 
   const TiledLayerArgs& args_;
   Memory& m_;
   const int warp_, lane_, matrices_, bands_, pairs_;
-  const int id_;  // of pair lane
   const int x_row_, x_unit_, x_end_;  // of this thread: a row of x, its first unit, the row's end
-  const uint4 x_first_[2];
   typename Shape::Ring ring_;
+  const int id_;  // of pair lane
+  const uint4 x_first_[2];
   LayerTiles tiles_;
   half* const x_;      // [tokens, x_pitch]
   float* const sums_;  // of Deliver
-  float* const done_;  // [bands of down, kPairs, 16]
   int items_, down_bands_;  // of this block
-  Spread up_, down_;        // of gate and up, of down
   Walk fetch_;
   int fetch_phase_ = 0;
   const uint8_t* fetch_from_ = nullptr;
+  int fetch_bytes_ = 0;  // from there on, of the group
 };
 
 template <typename Up, typename Down>

@@ -8,24 +8,30 @@ namespace jax_moe::cuda {
 
 // gate, up, the activation, down and the sum over slots.
 struct TiledLayerArgs {
-  TiledArgs up;         // with `activate`; but for x, lists and h_scales
-  TiledDownArgs down;   // but for h_scales and splits; h is in the kernel's own order of columns
-  const void* x;        // [tokens, up.columns]
+  // From here to `up` LaunchTiledLayer's affair but for x and its type. What a block needs first is
+  // together, for constants come from memory, too, some 64 bytes at a time.
+  const int32_t* expert_ids;
+  const void* x;  // [tokens, up.columns]
+  int32_t pairs, experts, top_k, blocks;
+  int32_t log_tokens;         // of a tile: 0 or 1
+  int32_t x_warps;            // that prepare a row of x
+  int32_t x_units;            // of 16 bytes, a row of x
+  uint32_t inverse_x_warps;   // this and the other inverses: 2^31 over it, rounded up
+  int32_t tokens, matrices;   // matrices: of gate and up
+  int32_t bands[2];           // of 16 rows: of a matrix of those, of down
+  uint32_t inverse_bands, inverse_blocks;  // of gate's bands, of the grid
   Element x_type;
-  // The rest is LaunchTiledLayer's affair.
-  TiledMatrix matrix[3];  // gate, up, down
-  int32_t log_tokens;     // of a tile: 0 or 1
-  int32_t x_warps;        // that prepare a row of x
-  int32_t x_units;        // of 16 bytes, a row of x
-  int32_t x_pitch;        // of prepared x
-  int32_t x_bytes, sum_bytes;
+  bool biased;
   // Of gate and up, and of down.
   struct Rows {
-    int64_t bytes;
-    int32_t columns, steps, stage_bytes, band_bytes;  // of 16 rows
-    float inverse_steps;
+    int32_t columns, steps, band_bytes;  // a band: 16 rows
+    uint32_t inverse_steps;
   } rows[2];
-  float inverse_bands, inverse_blocks, inverse_x_warps;  // of gate's bands, of the grid
+  TiledMatrix matrix[3];  // gate, up, down
+  int32_t x_pitch;        // of prepared x
+  int32_t x_bytes;
+  TiledArgs up;        // with `activate`; but for x, lists and h_scales
+  TiledDownArgs down;  // but for h_scales and splits; h is in the kernel's own order of columns
 };
 
 struct TiledLayerKernel {

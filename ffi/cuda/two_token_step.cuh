@@ -16,6 +16,7 @@
 
 #include <utility>
 
+#include "ffi/cuda/hopper.cuh"
 #include "ffi/cuda/ptx.cuh"
 #include "ffi/cuda/tiled_planes.cuh"
 
@@ -174,9 +175,10 @@ class StepOfTwo {
   __device__ __forceinline__ explicit StepOfTwo(int columns)
       : columns_(columns - 32 * (threadIdx.x % 4)) {}
 
-  // What is loaded from now on is of another token.
-  __device__ __forceinline__ void MoveTo(const half* x_row) {
+  // What is loaded from now on is of another token, all of them in shared or all in global memory.
+  __device__ __forceinline__ void MoveTo(const half* x_row, bool is_shared) {
     from_ = x_row + (columns_ > 0 ? 8 * (threadIdx.x % 4) : 0);
+    is_shared_ = is_shared;
   }
 
   // From `column` on. Past the end scales are zeros, and any activations of the row will do: what
@@ -185,25 +187,33 @@ class StepOfTwo {
     column += 128 * chunk;
     const half* from = from_ + (column < columns_ ? column : 0);
     uint32_t* to = v[chunk];
-    // Without a branch.
+    // Without a branch: of conditional loads from one space the compiler makes several.
     asm volatile(
         "{\n"
-        ".reg .pred has;\n"
-        "setp.ne.s32 has, %17, 0;\n"
-        "@has ld.v4.u32 {%0, %1, %2, %3}, [%16];\n"
-        "@has ld.v4.u32 {%4, %5, %6, %7}, [%16 + 64];\n"
-        "@has ld.v4.u32 {%8, %9, %10, %11}, [%16 + 128];\n"
-        "@has ld.v4.u32 {%12, %13, %14, %15}, [%16 + 192];\n"
+        ".reg .pred has, shared, global;\n"
+        "setp.ne.s32 has, %18, 0;\n"
+        "setp.ne.and.s32 shared, %19, 0, has;\n"
+        "setp.eq.and.s32 global, %19, 0, has;\n"
+        "@shared ld.shared.v4.u32 {%0, %1, %2, %3}, [%17];\n"
+        "@shared ld.shared.v4.u32 {%4, %5, %6, %7}, [%17 + 64];\n"
+        "@shared ld.shared.v4.u32 {%8, %9, %10, %11}, [%17 + 128];\n"
+        "@shared ld.shared.v4.u32 {%12, %13, %14, %15}, [%17 + 192];\n"
+        "@global ld.global.v4.u32 {%0, %1, %2, %3}, [%16];\n"
+        "@global ld.global.v4.u32 {%4, %5, %6, %7}, [%16 + 64];\n"
+        "@global ld.global.v4.u32 {%8, %9, %10, %11}, [%16 + 128];\n"
+        "@global ld.global.v4.u32 {%12, %13, %14, %15}, [%16 + 192];\n"
         "}\n"
         : "+r"(to[0]), "+r"(to[1]), "+r"(to[2]), "+r"(to[3]), "+r"(to[4]), "+r"(to[5]),
           "+r"(to[6]), "+r"(to[7]), "+r"(to[8]), "+r"(to[9]), "+r"(to[10]), "+r"(to[11]),
           "+r"(to[12]), "+r"(to[13]), "+r"(to[14]), "+r"(to[15])
-        : "l"(from), "r"(static_cast<int>(Has()))
+        : "l"(from), "r"(SharedAddress(from)), "r"(static_cast<int>(Has())),
+          "r"(static_cast<int>(is_shared_))
         : "memory");
   }
 
  private:
   const half* from_;
+  bool is_shared_;
   int columns_;  // from this lane's unit on
 };
 

@@ -45,7 +45,9 @@ class WarpRing {
     // Kept in registers: else they are computed anew in every step.
     asm volatile("" : "+r"(ring_), "+r"(full_));
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    if (threadIdx.x % 32 < Shape::kStages) InitBarrier(Full(threadIdx.x % 32), 1);
+    if (ElectLane()) {
+      for (int i = 0; i < Shape::kStages; ++i) InitBarrier(Full(i), 1);
+    }
     FenceBarrierInit();
     __syncwarp();
 #endif

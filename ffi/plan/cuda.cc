@@ -263,7 +263,7 @@ int64_t RingStageBytes(int format) {
 
 std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t tokens,
                                               int64_t multiprocessors, bool hopper) {
-  // The kernel divides by means of float32, exactly below these.
+  // The kernel divides by means of products, exactly below these.
   constexpr int64_t kMostColumns = 1 << 15, kMostItems = 512;
   constexpr int64_t kRows = 16;  // of a band
   const FfnShape& shape = problem.shape;
@@ -290,10 +290,9 @@ std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t
   result.x_bytes = 2 * tokens * result.x_pitch;
   // A warp leaves the sums of 16 rows of a tile for each part of a band that it has.
   const int64_t parts = std::max(2 * block_items, pairs * block_bands) + kCudaLayerWarps;
-  result.sum_bytes = parts * 4 * kRows * std::min<int64_t>(tokens, 2);
-  const int64_t done_bytes = block_bands * kCudaLayerPairs * 4 * kRows;
+  const int64_t sum_bytes = parts * 4 * kRows * std::min<int64_t>(tokens, 2);
   result.shared_bytes = CudaLayerBytes(RingStageBytes(up), RingStageBytes(down)) + result.x_bytes +
-                        result.sum_bytes + done_bytes;
+                        sum_bytes;
   if (result.shared_bytes > CudaSharedLimit(90)) return std::nullopt;
   return result;
 }

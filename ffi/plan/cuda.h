@@ -71,12 +71,12 @@ int ChooseCudaLogSplits(int64_t k);
 bool CudaFuses(const FfnProblem& problem);
 
 // The kernel for a whole layer of few tokens (ffi/cuda/tiled_layer.cuh), Hopper's: one block a
-// multiprocessor, and what it has in shared memory: the kernel's own, x, sums, pairs' results.
+// multiprocessor, and what it has in shared memory: the kernel's own, x, sums.
 inline constexpr int64_t kCudaLayerWarps = 16, kCudaLayerTokens = 4, kCudaLayerPairs = 32;
 struct CudaLayerShape {
   int64_t blocks;
   int64_t x_pitch;  // values
-  int64_t x_bytes, sum_bytes, shared_bytes;
+  int64_t x_bytes, shared_bytes;
 };
 
 // Calls X(UP, DOWN) for the different formats of gate and up and of down that it is there for beside equal

@@ -27,8 +27,9 @@ constexpr int64_t CudaWideSharedBytes(int64_t tokens) {
 }
 
 // Bytes of a block of tiled_layer.cuh, but for what depends on the problem: of each warp a ring of stages, a
-// barrier a stage and the tiles, then exponents and squares of x and eight numbers a pair. The arguments are
-// the bytes of 256 columns of 16 rows of gate and up, and of down.
+// barrier a stage and the tiles, then maxima of x, of each thread a sum of squares and two biases, eight
+// numbers a pair and what the blocks meet with. The arguments are the bytes of 256 columns of 16 rows of gate
+// and up, and of down.
 constexpr int64_t CudaLayerBytes(int64_t up_bytes, int64_t down_bytes) {
   constexpr int64_t kWarps = kCudaLayerWarps, kPairs = kCudaLayerPairs;
   constexpr int64_t kAux = 16 * 2 * 4, kTiles = 8 * kPairs;
@@ -36,7 +37,8 @@ constexpr int64_t CudaLayerBytes(int64_t up_bytes, int64_t down_bytes) {
   const auto align = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
   const int64_t stage = std::max(up_bytes, down_bytes) + kAux;
   const int64_t stages = std::clamp<int64_t>(kRings / (8 * stage), 2, 4);
-  return kWarps * align(stages * (align(stage) + 8) + kTiles) + kWarps * 2 * 4 + kPairs * 8 * 4;
+  return kWarps * align(stages * (align(stage) + 8) + kTiles) + kWarps * 4 + kWarps * 32 * 3 * 4 +
+         kPairs * 8 * 4 + 16;
 }
 
 // The most that a block can have on a device of this compute capability, like 90 (CUDA C++ Programming
