@@ -102,15 +102,16 @@ class NarrowWarp {
         x_(args.columns) {}
 
   __device__ __forceinline__ void Run() {
-    LetNextKernelStart();
-    // With the ids at hand, which are older than the kernel before this one, weights can be on
+    // With ids or lists at hand that are older than the kernel before this one, weights can be on
     // their way before that one has ended.
-    const bool early = args_.lists.expert_ids != nullptr;
-    FewTiles few(args_.lists.expert_ids, args_.lists.entries,
-                 early ? static_cast<int>(args_.lists.max_tiles) : 0, args_.lists.experts,
-                 m_.tiles[warp_]);
+    const bool has_ids = args_.lists.expert_ids != nullptr, early = has_ids || args_.lists.older;
     if (!early) WaitForEarlierKernels();
-    const int tiles = early ? few.Number() : *args_.lists.num_tiles;
+    // From here on the lists are older than the next kernel's predecessor.
+    LetNextKernelStart();
+    FewTiles few(args_.lists.expert_ids, args_.lists.entries,
+                 has_ids ? static_cast<int>(args_.lists.max_tiles) : 0, args_.lists.experts,
+                 m_.tiles[warp_]);
+    const int tiles = has_ids ? few.Number() : *args_.lists.num_tiles;
     bands_ = args_.rows / Shape::kRows;
     two_bands_ = !args_.activate && bands_ % 2 == 0 && steps_ <= kStepsOfTwo &&
                  tiles * bands_ >= 2 * Warps();
@@ -133,6 +134,7 @@ class NarrowWarp {
       // takes from memory is used before, else it would be waited for with them.
       if (!first) SetFactors();
       if (more) {
+        asm volatile("" : "+r"(listed_.expert), "+r"(listed_.begin), "+r"(listed_.count));
         x_.MoveTo(RowOfX());
         x_.Load(Next().split * Shape::kStep);
       }
@@ -226,7 +228,7 @@ class NarrowWarp {
     fetch_from_ = matrix.data + share.expert * matrix.expert_bytes + row * args_.row_bytes +
                   share.split * Shape::kStageBytes;
     fetch_step_ = share.split;
-    fetch_log_splits_ = share.log_splits;
+    fetch_splits_ = 1 << share.log_splits;
     ring_.Fetch(fetch_from_, StepBytes(),
                 matrix.aux + (share.expert * matrix.expert_rows + row) * 2);
     return true;
@@ -238,8 +240,8 @@ class NarrowWarp {
     } else {
       ring_.Fetch(fetch_from_, StepBytes());
     }
-    fetch_from_ += Shape::kStageBytes << fetch_log_splits_;
-    fetch_step_ += 1 << fetch_log_splits_;
+    fetch_from_ += Shape::kStageBytes * fetch_splits_;
+    fetch_step_ += fetch_splits_;
     return true;
   }
   __device__ __forceinline__ int StepBytes() const {
@@ -329,12 +331,14 @@ class NarrowWarp {
     }
     const RowFinish finish(args_, share.expert, n);
     half* y = static_cast<half*>(args_.y) + n / 128 * 128 + NarrowPlace(n % 128);
-    WithActivation(args_.activation, [&](auto activation) {
-      ForEachToken(share, [&](int pair, float first, float second, float pair_h_factor) {
-        const float h = finish.Activate<decltype(activation)::value>(
-            args_, first, parts_ == 2 ? second : first);
-        y[pair * args_.y_pitch] = __float2half_rn(h * pair_h_factor);
+    ForEachToken(share, [&](int pair, float first, float second, float pair_h_factor) {
+      float h;
+      // In the loop, of few turns, for the code to be short.
+      WithActivation(args_.activation, [&](auto activation) {
+        h = finish.Activate<decltype(activation)::value>(args_, first,
+                                                         parts_ == 2 ? second : first);
       });
+      y[pair * args_.y_pitch] = __float2half_rn(h * pair_h_factor);
     });
   }
 
@@ -381,7 +385,7 @@ class NarrowWarp {
   // The step that is fetched next: the first band is yet to be begun. has_next_: there is another
   // share than the one that is fetched.
   const uint8_t* fetch_from_ = nullptr;
-  int fetch_step_ = INT_MAX, fetch_log_splits_ = 0, fetch_part_ = 1, fetch_share_ = 1;
+  int fetch_step_ = INT_MAX, fetch_splits_ = 1, fetch_part_ = 1, fetch_share_ = 1;
   bool has_next_ = false;
 };
 

@@ -200,7 +200,7 @@ struct SixBitScaled {
                                                  float unit = 1.0f, float offset_unit = 1.0f) {
     const float2 d = __half22float2(Halves(s[0]));
     const uint32_t bits = __funnelshift_r(s[1], s[2], 24 * at.unit) >> 12 * at.chunk;
-    return {Times(bits & 63, d.x * unit), -Times(bits >> 6 & 63, d.y * offset_unit)};
+    return {Times(bits & 63, d.x * unit), -Times(bits & 63 << 6, d.y * (offset_unit * 0x1p-6f))};
   }
 };
 

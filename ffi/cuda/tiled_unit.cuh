@@ -41,16 +41,18 @@ class LaneUnit {
           Tiled::Scale(s, at, group, normaliser * kFieldUnit, normaliser * 0x1p-24f);
       half2 scale = BothHalves(affine.scale);
       if constexpr (Format::kHasOffset) {
-        // Fields less kCentre: what is left of the offset is small, and so is what rounding takes
-        // from it.
+        // What rounding takes from the scale goes into the offset, for the mean of the fields.
         static_assert(Fields::kExponent == -24);  // kFieldUnit is 1
-        offset_[group] =
-            BothHalves(fmaf(affine.scale, Tiled::kCentre * 0x1p-24f, affine.offset));
+        constexpr float kMean = (Tiled::kCentre - 0.5f) * 0x1p-24f;
+        offset_[group] = BothHalves(
+            fmaf(affine.scale - __low2float(scale), kMean, affine.offset));
       } else if constexpr (Fields::kShifts > 0) {
-        const half2 shift = BothHalves(affine.scale * (0x1p-24f / kFieldUnit));
+        const float shift = __low2float(scale) * (0x1p-24f / kFieldUnit);
+        const half2 plus = BothHalves(shift * (1 - Fields::kBias));
+        const half2 minus = BothHalves(shift * (-1 - Fields::kBias));
 #pragma unroll
         for (int i = group * kOffsets / kGroups; i < (group + 1) * kOffsets / kGroups; ++i) {
-          offset_[i] = Tiled::IsNegative(s, at, i) ? __hneg2(shift) : shift;
+          offset_[i] = Tiled::IsNegative(s, at, i) ? minus : plus;
         }
       } else if constexpr (Fields::kBias != 0) {
         // A multiple of the rounded scale, so that a field of kBias is exactly zero.
@@ -84,13 +86,7 @@ class LaneUnit {
     if constexpr (std::is_base_of_v<Fields1, Fields>) {
       return Fields::template Signed<i>(q_, Bits(scale_[group][0]));
     }
-    half2 field = Halves(Fields::template Pair<i>(q_));
-    if constexpr (Tiled::kCentre > 0) {
-      // Both are integers times 2^-24: exact.
-      constexpr uint32_t kCentre =
-          (Tiled::kCentre << (position * Fields::kShift + 24 + Fields::kExponent)) * 0x00010001u;
-      field = __hsub2(field, Halves(kCentre));
-    }
+    const half2 field = Halves(Fields::template Pair<i>(q_));
     if constexpr (kAddsOffset) {
       return Bits(__hfma2(field, scale_[group][position], offset_[i * kOffsets / 16]));
     } else {
