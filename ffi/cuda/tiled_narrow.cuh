@@ -135,8 +135,10 @@ class NarrowWarp {
       if (!first) SetFactors();
       if (more) {
         asm volatile("" : "+r"(listed_.expert), "+r"(listed_.begin), "+r"(listed_.count));
-        x_.MoveTo(RowOfX());
+        const int row = RowOfX();
+        x_.MoveTo(static_cast<const half*>(args_.x.values) + row * args_.x.pitch);
         x_.Load(Next().split * Shape::kStep);
+        if (next_pair_ >= 0) known_.Load(args_, Next().expert, next_pair_, row);
       }
       if (!first) Finish();
       if (!more) return;
@@ -256,14 +258,12 @@ class NarrowWarp {
   }
 
   // Of lane / 4's token of the next share, or where there is none of its first.
-  __device__ __forceinline__ const half* RowOfX() const {
+  __device__ __forceinline__ int RowOfX() const {
     const int first = __shfl_sync(0xffffffffu, next_pair_, 0);
-    const int row = by_pairs_a_row_.Quotient(next_pair_ >= 0 ? next_pair_ : first);
-    return static_cast<const half*>(args_.x.values) + row * args_.x.pitch;
+    return by_pairs_a_row_.Quotient(next_pair_ >= 0 ? next_pair_ : first);
   }
 
   __device__ __forceinline__ void Multiply() {
-    if (pair_ >= 0) known_.Load(args_, Current().expert, pair_);
     const int begin = Current().split * Shape::kStep;
     const int stride = Shape::kStep << Current().log_splits;
 #pragma unroll 1
