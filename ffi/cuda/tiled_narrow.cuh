@@ -58,8 +58,10 @@ struct NarrowShare {
 template <typename Format>
 struct alignas(16) NarrowMemory {
   using Shape = TiledNarrowShape<Format>;
-  typename Shape::Stage ring[Shape::kWarps][Shape::kStages];
-  uint64_t full[Shape::kWarps][Shape::kStages];
+  // The rest is the L1 cache's, for the activations.
+  static constexpr int kStages = Shape::Stages(50000);
+  typename Shape::Stage ring[Shape::kWarps][kStages];
+  uint64_t full[Shape::kWarps][kStages];
   float sums[Shape::kWarps][2][Shape::kTokens][Shape::kSumRows];
   FewTiles::Table tiles[Shape::kWarps];
   NarrowShare shares[Shape::kWarps][2];
@@ -365,7 +367,7 @@ class NarrowWarp {
 
   const TiledArgs& args_;
   Memory& m_;
-  WarpRing<Format> ring_;
+  WarpRing<Format, Memory::kStages> ring_;
   const int warp_, lane_, first_matrix_, steps_;
   const Divisor by_pairs_a_row_;
   // An item's bands: two where there are many items, for what it costs besides its steps, else one;
