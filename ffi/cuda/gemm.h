@@ -37,8 +37,7 @@ struct Lists {
   const int32_t* expert_ids = nullptr;
   const int32_t* entries = nullptr;
   int32_t experts = 0;
-  // Tiled narrow kernels: the kernel before this one has waited for the lists, before this one could
-  // start.
+  // Tiled narrow kernels: the lists were there before the kernel before this one let it start.
   bool older = false;
 };
 

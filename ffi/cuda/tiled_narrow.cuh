@@ -108,8 +108,7 @@ class NarrowWarp {
     // their way before that one has ended.
     const bool has_ids = args_.lists.expert_ids != nullptr, early = has_ids || args_.lists.older;
     if (!early) WaitForEarlierKernels();
-    // From here on the lists are older than the next kernel's predecessor.
-    LetNextKernelStart();
+    LetNextKernelStart();  // which may then read the lists at once: Lists::older
     FewTiles few(args_.lists.expert_ids, args_.lists.entries,
                  has_ids ? static_cast<int>(args_.lists.max_tiles) : 0, args_.lists.experts,
                  m_.tiles[warp_]);
@@ -132,8 +131,8 @@ class NarrowWarp {
     }
     if (early) WaitForEarlierKernels();
     for (bool first = true;; first = false) {
-      // The next share's first activations come while this one's results are stored. What that
-      // takes from memory is used before, else it would be waited for with them.
+      // The next share's first activations, and what bounds its h, come while this one's results are
+      // stored. What has come from memory is used before, else it would be waited for with them.
       if (!first) SetFactors();
       if (more) {
         asm volatile("" : "+r"(listed_.expert), "+r"(listed_.begin), "+r"(listed_.count));
@@ -259,7 +258,7 @@ class NarrowWarp {
     }
   }
 
-  // Of lane / 4's token of the next share, or where there is none of its first.
+  // Row of x of lane / 4's token of the next share, or where there is none of its first.
   __device__ __forceinline__ int RowOfX() const {
     const int first = __shfl_sync(0xffffffffu, next_pair_, 0);
     return by_pairs_a_row_.Quotient(next_pair_ >= 0 ? next_pair_ : first);
@@ -335,7 +334,7 @@ class NarrowWarp {
     half* y = static_cast<half*>(args_.y) + n / 128 * 128 + NarrowPlace(n % 128);
     ForEachToken(share, [&](int pair, float first, float second, float pair_h_factor) {
       float h;
-      // In the loop, of few turns, for the code to be short.
+      // In the loop: code that is short stays in the instruction cache, and turns are few.
       WithActivation(args_.activation, [&](auto activation) {
         h = finish.Activate<decltype(activation)::value>(args_, first,
                                                          parts_ == 2 ? second : first);

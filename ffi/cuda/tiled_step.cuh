@@ -46,7 +46,7 @@ class StepOfX {
     column += 128 * chunk;
     if (!kWhole && column >= columns_) column = 0;
     uint4(&to)[4] = v[chunk];
-    // Without a branch, which would bring the loads of both chunks together.
+    // Without a branch, for which the compiler would put the loads of both chunks together.
     asm volatile(
         "{\n"
         ".reg .pred wanted;\n"
@@ -114,6 +114,7 @@ __device__ __forceinline__ void MultiplyStage(const uint8_t* stage, StepOfX& x, 
       MultiplySteps<Format>(sums.sum, low, high, x.v[c]);
     }
     x.Load<Tiled::kChunks == 2>(c, next_column);
+    // Else the compiler moves these loads to those of the other chunk, at the end of the step.
     if (c == 0) __syncwarp();
   }
 }

@@ -43,9 +43,9 @@ class LaneUnit {
       if constexpr (Format::kHasOffset) {
         // What rounding takes from the scale goes into the offset, for the mean of the fields.
         static_assert(Fields::kExponent == -24);  // kFieldUnit is 1
-        constexpr float kMean = (Tiled::kCentre - 0.5f) * 0x1p-24f;
-        offset_[group] = BothHalves(
-            fmaf(affine.scale - __low2float(scale), kMean, affine.offset));
+        constexpr float kMean = ((1 << Tiling<Format>::kCodeBits) - 1) * 0x1p-25f;
+        offset_[group] =
+            BothHalves(fmaf(affine.scale - __low2float(scale), kMean, affine.offset));
       } else if constexpr (Fields::kShifts > 0) {
         const float shift = __low2float(scale) * (0x1p-24f / kFieldUnit);
         const half2 plus = BothHalves(shift * (1 - Fields::kBias));
