@@ -2,8 +2,9 @@
 //
 // kChunks of an atom; kScaleWords: what Load fills besides the fields; Scale: the group's scale times
 // `unit` and, with an offset, its offset times `offset_unit`, powers of two both, in float32; where
-// fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale. What rows share is computed in the
-// same way for both chunks and all groups, so that the compiler does it once.
+// fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale. What
+// rows share is computed in the same way for both chunks and all groups, so that the compiler does
+// it once.
 #pragma once
 
 #include <cuda_fp16.h>

@@ -48,8 +48,9 @@ class LaneUnit {
             BothHalves(fmaf(affine.scale - __low2float(scale), kMean, affine.offset));
       } else if constexpr (Fields::kShifts > 0) {
         const float shift = __low2float(scale) * (0x1p-24f / kFieldUnit);
-        const half2 plus = BothHalves(shift * (1 - Fields::kBias));
-        const half2 minus = BothHalves(shift * (-1 - Fields::kBias));
+        constexpr int kLeft = kTakesBias ? 0 : Fields::kBias;
+        const half2 plus = BothHalves(shift * (1 - kLeft));
+        const half2 minus = BothHalves(shift * (-1 - kLeft));
 #pragma unroll
         for (int i = group * kOffsets / kGroups; i < (group + 1) * kOffsets / kGroups; ++i) {
           offset_[i] = Tiled::IsNegative(s, at, i) ? minus : plus;
@@ -74,6 +75,9 @@ class LaneUnit {
   }
 
  private:
+  // Whether the bias is taken from fields with shifts: of a larger one, rounding the sum of both
+  // would take too much.
+  static constexpr bool kTakesBias = Fields::kShifts > 0 && Fields::kBias > 8;
   static constexpr bool kAddsOffset = Format::kHasOffset || Fields::kBias != 0;
   static constexpr int kOffsets = Fields::kShifts > 0 ? Fields::kShifts : kGroups;
   // What the normaliser's 2^24 has too much for fields that are not multiples of 2^-24.
@@ -86,7 +90,13 @@ class LaneUnit {
     if constexpr (std::is_base_of_v<Fields1, Fields>) {
       return Fields::template Signed<i>(q_, Bits(scale_[group][0]));
     }
-    const half2 field = Halves(Fields::template Pair<i>(q_));
+    half2 field = Halves(Fields::template Pair<i>(q_));
+    if constexpr (kTakesBias) {
+      // Both are integers times 2^-24: exact.
+      constexpr uint32_t kBias =
+          (Fields::kBias << (position * Fields::kShift + 24 + Fields::kExponent)) * 0x00010001u;
+      field = __hsub2(field, Halves(kBias));
+    }
     if constexpr (kAddsOffset) {
       return Bits(__hfma2(field, scale_[group][position], offset_[i * kOffsets / 16]));
     } else {
