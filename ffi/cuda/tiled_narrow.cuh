@@ -132,7 +132,8 @@ class NarrowWarp {
     if (early) WaitForEarlierKernels();
     for (bool first = true;; first = false) {
       // The next share's first activations, and what bounds its h, come while this one's results
-      // are stored. What has come from memory is used before, else it would be waited for with them.
+      // are stored. What has come from memory is used before, else it would be waited for with
+      // them.
       if (!first) SetFactors();
       if (more) {
         asm volatile("" : "+r"(listed_.expert), "+r"(listed_.begin), "+r"(listed_.count));
