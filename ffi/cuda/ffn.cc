@@ -162,6 +162,7 @@ class Products {
       lists = CurrentLists();
     }
     if (status != cudaSuccess) return status;
+    lists_are_older_ = ffn_.TiledTile() == plan::CudaTiledTile::kNarrow;
     return LaunchTiled(kernel, ActivatedOf(ffn_, ViewPrepared(x), lists, h), stream_);
   }
 
@@ -201,6 +202,7 @@ class Products {
   cudaError_t UseTiles(int tile_tokens) {
     if (tile_tokens == tile_tokens_) return cudaSuccess;
     tile_tokens_ = tile_tokens;
+    lists_are_older_ = false;
     return LaunchSort(ListsOf(ffn_, tile_tokens), stream_);
   }
 
@@ -220,6 +222,7 @@ class Products {
     args.y_pitch = y_pitch;
     args.y_type = y_scales == nullptr ? Element::kF32 : Element::kF16;
     args.y_scales = y_scales;
+    args.lists.older = lists_are_older_;
     return LaunchTiled(kernel, args, stream_);
   }
 
@@ -240,6 +243,7 @@ class Products {
   const Ffn& ffn_;
   cudaStream_t stream_;
   int tile_tokens_ = 0;
+  bool lists_are_older_ = false;  // Lists::older, for the next kernel
 };
 
 bool SameKind(const Weight& a, const Weight& b) {

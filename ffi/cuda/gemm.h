@@ -37,6 +37,8 @@ struct Lists {
   const int32_t* expert_ids = nullptr;
   const int32_t* entries = nullptr;
   int32_t experts = 0;
+  // Tiled narrow kernels: the lists were there before the kernel before this one let it start.
+  bool older = false;
 };
 
 // How activations are held for the tensor cores (prepare.cu). Rows are padded with zeros.

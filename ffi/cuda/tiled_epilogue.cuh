@@ -33,8 +33,8 @@ __device__ __forceinline__ int BoundExponent(float bound) {
 struct BoundOfH {
   float norm, scale, weight, row_norm[2];
 
-  __device__ __forceinline__ void Load(const TiledArgs& args, int expert, int pair) {
-    const int64_t row = pair / args.pairs_a_row;
+  // row: pair's, of x.
+  __device__ __forceinline__ void Load(const TiledArgs& args, int expert, int pair, int row) {
     scale = args.x.scales[row];
     weight = args.pair_weight == nullptr ? 1.0f : args.pair_weight[pair];
     if (!args.activate) return;
@@ -84,7 +84,7 @@ __device__ __forceinline__ float ScaleOfH(const TiledArgs& args, const BoundOfH&
 }
 __device__ __forceinline__ float ScaleOfH(const TiledArgs& args, int expert, int pair, bool write) {
   BoundOfH known;
-  known.Load(args, expert, pair);
+  known.Load(args, expert, pair, pair / args.pairs_a_row);
   return ScaleOfH(args, known, expert, pair, write);
 }
 

@@ -58,8 +58,10 @@ struct NarrowShare {
 template <typename Format>
 struct alignas(16) NarrowMemory {
   using Shape = TiledNarrowShape<Format>;
-  typename Shape::Stage ring[Shape::kWarps][Shape::kStages];
-  uint64_t full[Shape::kWarps][Shape::kStages];
+  // The rest is the L1 cache's, for the activations.
+  static constexpr int kStages = Shape::Stages(50000);
+  typename Shape::Stage ring[Shape::kWarps][kStages];
+  uint64_t full[Shape::kWarps][kStages];
   float sums[Shape::kWarps][2][Shape::kTokens][Shape::kSumRows];
   FewTiles::Table tiles[Shape::kWarps];
   NarrowShare shares[Shape::kWarps][2];
@@ -102,15 +104,15 @@ class NarrowWarp {
         x_(args.columns) {}
 
   __device__ __forceinline__ void Run() {
-    LetNextKernelStart();
-    // With the ids at hand, which are older than the kernel before this one, weights can be on
+    // With ids or lists at hand that are older than the kernel before this one, weights can be on
     // their way before that one has ended.
-    const bool early = args_.lists.expert_ids != nullptr;
-    FewTiles few(args_.lists.expert_ids, args_.lists.entries,
-                 early ? static_cast<int>(args_.lists.max_tiles) : 0, args_.lists.experts,
-                 m_.tiles[warp_]);
+    const bool has_ids = args_.lists.expert_ids != nullptr, early = has_ids || args_.lists.older;
     if (!early) WaitForEarlierKernels();
-    const int tiles = early ? few.Number() : *args_.lists.num_tiles;
+    LetNextKernelStart();  // which may then read the lists at once: Lists::older
+    FewTiles few(args_.lists.expert_ids, args_.lists.entries,
+                 has_ids ? static_cast<int>(args_.lists.max_tiles) : 0, args_.lists.experts,
+                 m_.tiles[warp_]);
+    const int tiles = has_ids ? few.Number() : *args_.lists.num_tiles;
     bands_ = args_.rows / Shape::kRows;
     two_bands_ = !args_.activate && bands_ % 2 == 0 && steps_ <= kStepsOfTwo &&
                  tiles * bands_ >= 2 * Warps();
@@ -129,12 +131,16 @@ class NarrowWarp {
     }
     if (early) WaitForEarlierKernels();
     for (bool first = true;; first = false) {
-      // The next share's first activations come while this one's results are stored. What that
-      // takes from memory is used before, else it would be waited for with them.
+      // The next share's first activations, and what bounds its h, come while this one's results
+      // are stored. What has come from memory is used before, else it would be waited for with
+      // them.
       if (!first) SetFactors();
       if (more) {
-        x_.MoveTo(RowOfX());
+        asm volatile("" : "+r"(listed_.expert), "+r"(listed_.begin), "+r"(listed_.count));
+        const int row = RowOfX();
+        x_.MoveTo(static_cast<const half*>(args_.x.values) + row * args_.x.pitch);
         x_.Load(Next().split * Shape::kStep);
+        if (next_pair_ >= 0) known_.Load(args_, Next().expert, next_pair_, row);
       }
       if (!first) Finish();
       if (!more) return;
@@ -226,7 +232,7 @@ class NarrowWarp {
     fetch_from_ = matrix.data + share.expert * matrix.expert_bytes + row * args_.row_bytes +
                   share.split * Shape::kStageBytes;
     fetch_step_ = share.split;
-    fetch_log_splits_ = share.log_splits;
+    fetch_splits_ = 1 << share.log_splits;
     ring_.Fetch(fetch_from_, StepBytes(),
                 matrix.aux + (share.expert * matrix.expert_rows + row) * 2);
     return true;
@@ -238,8 +244,8 @@ class NarrowWarp {
     } else {
       ring_.Fetch(fetch_from_, StepBytes());
     }
-    fetch_from_ += Shape::kStageBytes << fetch_log_splits_;
-    fetch_step_ += 1 << fetch_log_splits_;
+    fetch_from_ += Shape::kStageBytes * fetch_splits_;
+    fetch_step_ += fetch_splits_;
     return true;
   }
   __device__ __forceinline__ int StepBytes() const {
@@ -253,15 +259,13 @@ class NarrowWarp {
     }
   }
 
-  // Of lane / 4's token of the next share, or where there is none of its first.
-  __device__ __forceinline__ const half* RowOfX() const {
+  // Row of x of lane / 4's token of the next share, or where there is none of its first.
+  __device__ __forceinline__ int RowOfX() const {
     const int first = __shfl_sync(0xffffffffu, next_pair_, 0);
-    const int row = by_pairs_a_row_.Quotient(next_pair_ >= 0 ? next_pair_ : first);
-    return static_cast<const half*>(args_.x.values) + row * args_.x.pitch;
+    return by_pairs_a_row_.Quotient(next_pair_ >= 0 ? next_pair_ : first);
   }
 
   __device__ __forceinline__ void Multiply() {
-    if (pair_ >= 0) known_.Load(args_, Current().expert, pair_);
     const int begin = Current().split * Shape::kStep;
     const int stride = Shape::kStep << Current().log_splits;
 #pragma unroll 1
@@ -329,12 +333,14 @@ class NarrowWarp {
     }
     const RowFinish finish(args_, share.expert, n);
     half* y = static_cast<half*>(args_.y) + n / 128 * 128 + NarrowPlace(n % 128);
-    WithActivation(args_.activation, [&](auto activation) {
-      ForEachToken(share, [&](int pair, float first, float second, float pair_h_factor) {
-        const float h = finish.Activate<decltype(activation)::value>(
-            args_, first, parts_ == 2 ? second : first);
-        y[pair * args_.y_pitch] = __float2half_rn(h * pair_h_factor);
+    ForEachToken(share, [&](int pair, float first, float second, float pair_h_factor) {
+      float h;
+      // In the loop: code that is short stays in the instruction cache, and turns are few.
+      WithActivation(args_.activation, [&](auto activation) {
+        h = finish.Activate<decltype(activation)::value>(args_, first,
+                                                         parts_ == 2 ? second : first);
       });
+      y[pair * args_.y_pitch] = __float2half_rn(h * pair_h_factor);
     });
   }
 
@@ -361,7 +367,7 @@ class NarrowWarp {
 
   const TiledArgs& args_;
   Memory& m_;
-  WarpRing<Format> ring_;
+  WarpRing<Format, Memory::kStages> ring_;
   const int warp_, lane_, first_matrix_, steps_;
   const Divisor by_pairs_a_row_;
   // An item's bands: two where there are many items, for what it costs besides its steps, else one;
@@ -381,7 +387,7 @@ class NarrowWarp {
   // The step that is fetched next: the first band is yet to be begun. has_next_: there is another
   // share than the one that is fetched.
   const uint8_t* fetch_from_ = nullptr;
-  int fetch_step_ = INT_MAX, fetch_log_splits_ = 0, fetch_part_ = 1, fetch_share_ = 1;
+  int fetch_step_ = INT_MAX, fetch_splits_ = 1, fetch_part_ = 1, fetch_share_ = 1;
   bool has_next_ = false;
 };
 

@@ -1,10 +1,10 @@
 // What lies in which plane of an atom of a tiled format, and how a group's scale is made of it.
 //
-// kChunks of an atom; kCentre: about what the offset takes from fields, in scales; kScaleWords: what
-// Load fills besides the fields; Scale: the group's scale times `unit` and, with an offset, its
-// offset times `offset_unit`, powers of two both, in float32; where fields leave shifts out,
-// IsNegative: the sign of a shift, which are plus or minus a scale. What rows share is computed in the
-// same way for both chunks and all groups, so that the compiler does it once.
+// kChunks of an atom; kScaleWords: what Load fills besides the fields; Scale: the group's scale times
+// `unit` and, with an offset, its offset times `offset_unit`, powers of two both, in float32; where
+// fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale. What
+// rows share is computed in the same way for both chunks and all groups, so that the compiler does
+// it once.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -73,7 +73,7 @@ struct TiledUnit;
 // One f16 scale a unit or a row's block.
 template <int kAtomChunks>
 struct HalfScaled {
-  static constexpr int kChunks = kAtomChunks, kScaleWords = 1, kCentre = 0;
+  static constexpr int kChunks = kAtomChunks, kScaleWords = 1;
   using Place = TiledPlace<kChunks>;
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int,
                                                  float unit = 1.0f, float = 1.0f) {
@@ -82,9 +82,8 @@ struct HalfScaled {
 };
 
 // An f16 scale and an f16 minimum a unit.
-template <int kCentreValue>
 struct HalfScaledWithMinimum {
-  static constexpr int kChunks = 1, kScaleWords = 1, kCentre = kCentreValue;
+  static constexpr int kChunks = 1, kScaleWords = 1;
   using Place = TiledPlace<kChunks>;
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int,
                                                  float unit = 1.0f, float offset_unit = 1.0f) {
@@ -106,7 +105,7 @@ struct TiledUnit<Q4_0> : HalfScaled<1> {
 };
 
 template <>
-struct TiledUnit<Q4_1> : HalfScaledWithMinimum<8> {
+struct TiledUnit<Q4_1> : HalfScaledWithMinimum {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<1>(atom + at.Unit(16, 4), s);
@@ -123,7 +122,7 @@ struct TiledUnit<Q5_0> : HalfScaled<1> {
 };
 
 template <>
-struct TiledUnit<Q5_1> : HalfScaledWithMinimum<16> {
+struct TiledUnit<Q5_1> : HalfScaledWithMinimum {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<1>(atom + at.Unit(16, 4), q + 4);
@@ -150,7 +149,7 @@ struct TiledUnit<IQ4_NL> : HalfScaled<1> {
 
 template <>
 struct TiledUnit<MXFP4> {
-  static constexpr int kChunks = 1, kScaleWords = 1, kCentre = 0;
+  static constexpr int kChunks = 1, kScaleWords = 1;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
@@ -167,7 +166,7 @@ struct TiledUnit<MXFP4> {
 
 template <>
 struct TiledUnit<NVFP4> {
-  static constexpr int kChunks = 1, kScaleWords = 1, kCentre = 0;
+  static constexpr int kChunks = 1, kScaleWords = 1;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
@@ -184,9 +183,8 @@ struct TiledUnit<NVFP4> {
 };
 
 // d, dmin, and 6 bits of scale and minimum a unit.
-template <int kCentreValue>
 struct SixBitScaled {
-  static constexpr int kChunks = 2, kScaleWords = 3, kCentre = kCentreValue;
+  static constexpr int kChunks = 2, kScaleWords = 3;
   using Place = TiledPlace<kChunks>;
   // row: the plane's 16 bytes. A lane's 24 bits, those of both chunks, are 3 bytes of the three words
   // that follow d and dmin.
@@ -202,12 +200,12 @@ struct SixBitScaled {
                                                  float unit = 1.0f, float offset_unit = 1.0f) {
     const float2 d = __half22float2(Halves(s[0]));
     const uint32_t bits = __funnelshift_r(s[1], s[2], 24 * at.unit) >> 12 * at.chunk;
-    return {Times(bits & 63, d.x * unit), -Times(bits >> 6 & 63, d.y * offset_unit)};
+    return {Times(bits & 63, d.x * unit), -Times(bits & 63 << 6, d.y * (offset_unit * 0x1p-6f))};
   }
 };
 
 template <>
-struct TiledUnit<Q4_K> : SixBitScaled<8> {
+struct TiledUnit<Q4_K> : SixBitScaled {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadScale(atom + at.Row(16, 0, 16), at, s);
@@ -215,7 +213,7 @@ struct TiledUnit<Q4_K> : SixBitScaled<8> {
 };
 
 template <>
-struct TiledUnit<Q5_K> : SixBitScaled<16> {
+struct TiledUnit<Q5_K> : SixBitScaled {
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadWords<1>(atom + at.Unit(16, 4), q + 4);
@@ -225,7 +223,7 @@ struct TiledUnit<Q5_K> : SixBitScaled<16> {
 
 template <>
 struct TiledUnit<Q6_K> {
-  static constexpr int kChunks = 2, kScaleWords = 2, kCentre = 0;
+  static constexpr int kChunks = 2, kScaleWords = 2;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
@@ -243,7 +241,7 @@ struct TiledUnit<Q6_K> {
 
 template <>
 struct TiledUnit<Q3_K> {
-  static constexpr int kChunks = 2, kScaleWords = 3, kCentre = 0;
+  static constexpr int kChunks = 2, kScaleWords = 3;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
@@ -264,7 +262,7 @@ struct TiledUnit<Q3_K> {
 
 template <>
 struct TiledUnit<Q2_K> {
-  static constexpr int kChunks = 2, kScaleWords = 2, kCentre = 2;
+  static constexpr int kChunks = 2, kScaleWords = 2;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
@@ -281,7 +279,7 @@ struct TiledUnit<Q2_K> {
 
 template <>
 struct TiledUnit<IQ4_XS> {
-  static constexpr int kChunks = 2, kScaleWords = 2, kCentre = 0;
+  static constexpr int kChunks = 2, kScaleWords = 2;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
@@ -341,7 +339,6 @@ struct FourBitScaled {
 
 template <>
 struct TiledUnit<IQ1_S> : FourBitScaled<8> {
-  static constexpr int kCentre = 8;
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
     LoadScales(atom, at, s);
@@ -358,7 +355,7 @@ struct TiledUnit<IQ1_S> : FourBitScaled<8> {
 
 template <>
 struct TiledUnit<IQ1_M> {
-  static constexpr int kChunks = 2, kScaleWords = 3, kCentre = 8;
+  static constexpr int kChunks = 2, kScaleWords = 3;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
@@ -381,7 +378,6 @@ struct TiledUnit<IQ1_M> {
 
 template <>
 struct TiledUnit<IQ2_XXS> : FourBitScaled<12> {
-  static constexpr int kCentre = 0;
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
     LoadWords<1>(atom + at.Unit(8, 4), q + 2);
@@ -395,7 +391,7 @@ struct TiledUnit<IQ2_XXS> : FourBitScaled<12> {
 
 // A byte with two scales a unit, and d.
 struct TwoScaleIq2 {
-  static constexpr int kChunks = 2, kScaleWords = 2, kCentre = 0;
+  static constexpr int kChunks = 2, kScaleWords = 2;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
@@ -417,7 +413,6 @@ struct TiledUnit<IQ2_S> : TwoScaleIq2 {};
 
 template <>
 struct TiledUnit<IQ3_XXS> : FourBitScaled<16> {
-  static constexpr int kCentre = 0;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadScales(atom, at, s);
@@ -430,7 +425,6 @@ struct TiledUnit<IQ3_XXS> : FourBitScaled<16> {
 
 template <>
 struct TiledUnit<IQ3_S> : FourBitScaled<16> {
-  static constexpr int kCentre = 16;
   JM_LOAD {
     LoadWords<4>(atom + at.Unit(0, 16), q);
     LoadScales(atom, at, s);

@@ -27,7 +27,7 @@ __device__ __forceinline__ void MultiplySteps(float (&sum)[4], const LaneUnit<Fo
 // token's sums depend on its own activations only.
 class StepOfX {
  public:
-  uint4 v[2][4];
+  uint4 v[2][4] = {};
 
   __device__ __forceinline__ explicit StepOfX(int columns)
       : columns_(columns - 32 * (threadIdx.x % 4)) {}
@@ -42,11 +42,26 @@ class StepOfX {
   // kWhole: the row's columns are a multiple of 256.
   template <bool kWhole = false>
   __device__ __forceinline__ void Load(int chunk, int column) {
+    const int wanted = column >= 0;
     column += 128 * chunk;
     if (!kWhole && column >= columns_) column = 0;
-    const auto* from = reinterpret_cast<const uint4*>(from_ + column);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[chunk][i] = from[4 * i];
+    uint4(&to)[4] = v[chunk];
+    // Without a branch, for which the compiler would put the loads of both chunks together.
+    asm volatile(
+        "{\n"
+        ".reg .pred wanted;\n"
+        "setp.ne.s32 wanted, %17, 0;\n"
+        "@wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%16];\n"
+        "@wanted ld.global.v4.u32 {%4, %5, %6, %7}, [%16 + 64];\n"
+        "@wanted ld.global.v4.u32 {%8, %9, %10, %11}, [%16 + 128];\n"
+        "@wanted ld.global.v4.u32 {%12, %13, %14, %15}, [%16 + 192];\n"
+        "}\n"
+        : "+r"(to[0].x), "+r"(to[0].y), "+r"(to[0].z), "+r"(to[0].w), "+r"(to[1].x),
+          "+r"(to[1].y), "+r"(to[1].z), "+r"(to[1].w), "+r"(to[2].x), "+r"(to[2].y),
+          "+r"(to[2].z), "+r"(to[2].w), "+r"(to[3].x), "+r"(to[3].y), "+r"(to[3].z),
+          "+r"(to[3].w)
+        : "l"(from_ + column), "r"(wanted)
+        : "memory");
   }
   __device__ __forceinline__ void Load(int column) {
     Load(0, column);
@@ -98,7 +113,9 @@ __device__ __forceinline__ void MultiplyStage(const uint8_t* stage, StepOfX& x, 
       high.Load(atom, place, sums.factor[1]);
       MultiplySteps<Format>(sums.sum, low, high, x.v[c]);
     }
-    if (next_column >= 0) x.Load<Tiled::kChunks == 2>(c, next_column);
+    x.Load<Tiled::kChunks == 2>(c, next_column);
+    // Else the compiler moves these loads to those of the other chunk, at the end of the step.
+    if (c == 0) __syncwarp();
   }
 }
 

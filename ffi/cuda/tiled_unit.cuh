@@ -41,16 +41,19 @@ class LaneUnit {
           Tiled::Scale(s, at, group, normaliser * kFieldUnit, normaliser * 0x1p-24f);
       half2 scale = BothHalves(affine.scale);
       if constexpr (Format::kHasOffset) {
-        // Fields less kCentre: what is left of the offset is small, and so is what rounding takes
-        // from it.
+        // What rounding takes from the scale goes into the offset, for the mean of the fields.
         static_assert(Fields::kExponent == -24);  // kFieldUnit is 1
+        constexpr float kMean = ((1 << Tiling<Format>::kCodeBits) - 1) * 0x1p-25f;
         offset_[group] =
-            BothHalves(fmaf(affine.scale, Tiled::kCentre * 0x1p-24f, affine.offset));
+            BothHalves(fmaf(affine.scale - __low2float(scale), kMean, affine.offset));
       } else if constexpr (Fields::kShifts > 0) {
-        const half2 shift = BothHalves(affine.scale * (0x1p-24f / kFieldUnit));
+        const float shift = __low2float(scale) * (0x1p-24f / kFieldUnit);
+        constexpr int kLeft = kTakesBias ? 0 : Fields::kBias;
+        const half2 plus = BothHalves(shift * (1 - kLeft));
+        const half2 minus = BothHalves(shift * (-1 - kLeft));
 #pragma unroll
         for (int i = group * kOffsets / kGroups; i < (group + 1) * kOffsets / kGroups; ++i) {
-          offset_[i] = Tiled::IsNegative(s, at, i) ? __hneg2(shift) : shift;
+          offset_[i] = Tiled::IsNegative(s, at, i) ? minus : plus;
         }
       } else if constexpr (Fields::kBias != 0) {
         // A multiple of the rounded scale, so that a field of kBias is exactly zero.
@@ -72,6 +75,9 @@ class LaneUnit {
   }
 
  private:
+  // Whether the bias is taken from fields with shifts: of a larger one, rounding the sum of both
+  // would take too much.
+  static constexpr bool kTakesBias = Fields::kShifts > 0 && Fields::kBias > 8;
   static constexpr bool kAddsOffset = Format::kHasOffset || Fields::kBias != 0;
   static constexpr int kOffsets = Fields::kShifts > 0 ? Fields::kShifts : kGroups;
   // What the normaliser's 2^24 has too much for fields that are not multiples of 2^-24.
@@ -85,11 +91,11 @@ class LaneUnit {
       return Fields::template Signed<i>(q_, Bits(scale_[group][0]));
     }
     half2 field = Halves(Fields::template Pair<i>(q_));
-    if constexpr (Tiled::kCentre > 0) {
+    if constexpr (kTakesBias) {
       // Both are integers times 2^-24: exact.
-      constexpr uint32_t kCentre =
-          (Tiled::kCentre << (position * Fields::kShift + 24 + Fields::kExponent)) * 0x00010001u;
-      field = __hsub2(field, Halves(kCentre));
+      constexpr uint32_t kBias =
+          (Fields::kBias << (position * Fields::kShift + 24 + Fields::kExponent)) * 0x00010001u;
+      field = __hsub2(field, Halves(kBias));
     }
     if constexpr (kAddsOffset) {
       return Bits(__hfma2(field, scale_[group][position], offset_[i * kOffsets / 16]));

@@ -21,10 +21,12 @@ struct TiledNarrowShape {
   static constexpr int kAuxBytes = kRows * 2 * 4;  // of a band
   // Sums of a warp's band of gate and of up, padded to spread a quad's tokens over the banks.
   static constexpr int kSumRows = kRows + 4;
-  // Leaves some 90 KB of sm_90's to the L1 cache, for the activations.
-  static constexpr int kStages =
-      std::max(2, std::min(4, (70000 - kWarps * 2 * kTokens * kSumRows * 4) /
-                               (kWarps * (kStageBytes + kAuxBytes))));
+  // Of rings of a block that has so many bytes of shared memory for them and the sums.
+  static constexpr int Stages(int bytes) {
+    return std::max(2, std::min(4, (bytes - kWarps * 2 * kTokens * kSumRows * 4) /
+                                       (kWarps * (kStageBytes + kAuxBytes))));
+  }
+  static constexpr int kStages = Stages(70000);
 
   // 256 columns of a band, and the band's rows of aux where they are its first.
   struct alignas(16) Stage {
@@ -34,7 +36,7 @@ struct TiledNarrowShape {
 };
 
 // A warp's ring: steps are fetched and waited for in order, at most kStages ahead.
-template <typename Format>
+template <typename Format, int kStages = TiledNarrowShape<Format>::kStages>
 class WarpRing {
  public:
   using Shape = TiledNarrowShape<Format>;
@@ -46,7 +48,7 @@ class WarpRing {
     asm volatile("" : "+r"(ring_), "+r"(full_));
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if (ElectLane()) {
-      for (int i = 0; i < Shape::kStages; ++i) InitBarrier(Full(i), 1);
+      for (int i = 0; i < kStages; ++i) InitBarrier(Full(i), 1);
     }
     FenceBarrierInit();
     __syncwarp();
@@ -84,13 +86,13 @@ class WarpRing {
     CountFetch();
   }
 
-  __device__ __forceinline__ bool HasPlace() const { return ahead_ < Shape::kStages; }
+  __device__ __forceinline__ bool HasPlace() const { return ahead_ < kStages; }
 
   // The oldest step that is still in the ring; it has to be read by all lanes before the next
   // Fetch.
   __device__ __forceinline__ const Stage& Wait() {
     const Stage& stage = Front();
-    if (++read_ == Shape::kStages) read_ = 0, parity_ ^= 1;
+    if (++read_ == kStages) read_ = 0, parity_ ^= 1;
     --ahead_;
     return stage;
   }
@@ -103,7 +105,7 @@ class WarpRing {
     if (HasPlace()) {
       WaitCopies<0>();
     } else {
-      WaitCopies<Shape::kStages - 1>();
+      WaitCopies<kStages - 1>();
     }
     __syncwarp();
 #endif
@@ -119,7 +121,7 @@ class WarpRing {
     return static_cast<uint64_t*>(__cvta_shared_to_generic(full_ + stage * 8u));
   }
   __device__ __forceinline__ void CountFetch() {
-    if (++fetched_ == Shape::kStages) fetched_ = 0;
+    if (++fetched_ == kStages) fetched_ = 0;
     ++ahead_;
   }
   template <typename T>
