@@ -76,13 +76,12 @@ def measure(model: Model, layers, tokens: int, routing: str, dtype: str, variant
         )
         routings.append(scaled)
 
-    @jax.jit
     def chain(x, routings, layers):
         for i, scaled in enumerate(routings):
             x = _layer(x, scaled, layers[i % len(layers)], variant)
         return x
 
-    seconds = clock.median_time(lambda: chain(x, routings, layers)) / calls
+    seconds = clock.chain_seconds(chain, x, routings, layers, few=tokens <= 1024) / calls
     active = np.mean([len(np.unique(layer_ids)) for layer_ids in ids])
     return {
         "seconds": seconds,

@@ -23,6 +23,22 @@ def median_time(call, batch_seconds: float | None = None) -> float:
     return float(np.median([_seconds(call, batch) for _ in range(REPEATS)]))
 
 
+def chain_seconds(chain, x, *arguments, few: bool) -> float:
+    """Seconds of one chain(x, *arguments), an array like x, under jit.
+
+    The host takes up to a millisecond to start a program of many arrays, longer than a chain of few
+    tokens: with `few` the device goes through the chain several times.
+    """
+    rounds = 8 if few else 1
+
+    @jax.jit
+    def chains(x, *arguments):
+        # Each begins with x again, which XLA does not know.
+        return jax.lax.fori_loop(0, rounds, lambda _, y: chain(x + 0 * y, *arguments), x)
+
+    return median_time(lambda: chains(x, *arguments)) / rounds
+
+
 def _seconds(call, count: int) -> float:
     start = time.perf_counter()
     for _ in range(count):
