@@ -106,7 +106,7 @@ class Transformer:
     def new_cache(self, capacity: int) -> list[KVCache]:
         """An empty cache for at least so many positions, one a layer."""
         config = self.config
-        # Products with the cache's positions take them in tiles, on a GPU of up to 128: of any other
+        # Products with the cache's positions take these in tiles, on a GPU of up to 128: of another
         # capacity XLA copies the cache into a larger array, in every layer and for every token.
         shape = (config.num_kv_heads, -(-capacity // 128) * 128, config.head_dim)
         return [
