@@ -38,18 +38,16 @@ cudaError_t LaunchEarly(const void* kernel, dim3 grid, int threads, size_t share
 
 cudaError_t LaunchTogether(const void* kernel, unsigned blocks, int threads, size_t shared_bytes,
                            cudaStream_t stream, void** parameters) {
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeCooperative;
-  attributes[0].val.cooperative = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeCooperative;
+  attribute.val.cooperative = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks);
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = IsHopper() ? 2 : 1;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
   return cudaLaunchKernelExC(&config, kernel, parameters);
 }
 

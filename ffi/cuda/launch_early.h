@@ -17,7 +17,7 @@ cudaError_t LaunchEarly(const void* kernel, dim3 grid, int threads, size_t share
                         cudaStream_t stream, void** parameters, int cluster = 1);
 
 // A cooperative launch: all blocks run at the same time, so that they may wait for each other; an
-// error where the device has no room for them. It, too, may begin early.
+// error where the device has no room for them. It begins after all earlier kernels of the stream.
 cudaError_t LaunchTogether(const void* kernel, unsigned blocks, int threads, size_t shared_bytes,
                            cudaStream_t stream, void** parameters);
 

@@ -76,7 +76,7 @@ class LayerWarp {
         x_unit_(threadIdx.x - 32 * args.x_warps * x_row_),
         x_end_(x_row_ < args.tokens ? args.x_units : 0),
         ring_(memory.warp[warp_].ring, memory.warp[warp_].full),
-        id_(LoadId()),
+        id_(lane_ < pairs_ ? args.expert_ids[lane_] : -1),
         x_first_{LoadX(x_unit_), LoadX(x_unit_ + 32 * args.x_warps)},
         tiles_(id_, args.experts, args.log_tokens, memory.warp[warp_].tiles),
         x_(reinterpret_cast<half*>(more)),
@@ -254,12 +254,6 @@ class LayerWarp {
       value += is_first ? m_.bias[matrix][threadIdx.x] : p.bias[expert * p.bias_pitch + row];
     }
     return value;
-  }
-
-  __device__ __forceinline__ int LoadId() const {
-    WaitForEarlierKernels();
-    LetNextKernelStart();
-    return lane_ < pairs_ ? args_.expert_ids[lane_] : -1;
   }
 
   // x is prepared in units of 16 bytes, eight values or four of float32. A row belongs to
@@ -562,7 +556,7 @@ class LayerWarp {
   const uint4 x_first_[2];
   LayerTiles tiles_;
   half* const x_;      // [tokens, x_pitch]
-  float* const sums_;  // of Deliver
+  float* const sums_;  // of StoreSums, a place for each warp's part of a group
   int items_, down_bands_;  // of this block
   Walk fetch_;
   int fetch_phase_ = 0;
