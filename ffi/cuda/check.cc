@@ -45,10 +45,7 @@ const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile t
   return kernels.wide[static_cast<int>(tile) - 1];
 }
 
-bool FewPairs(int64_t pairs, plan::CudaTiledTile tile) {
-  return pairs <= kFewPairs && tile == plan::CudaTiledTile::kNarrow;
-}
-
+static_assert(kFewPairs == plan::kCudaFewPairs);
 Lists FewLists(const int32_t* expert_ids, const int32_t* entries, int64_t pairs, int32_t experts) {
   return {nullptr, nullptr, nullptr, pairs, expert_ids, entries, experts};
 }

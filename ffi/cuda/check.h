@@ -44,9 +44,7 @@ Layout ChooseHiddenLayout(const Weight& down, Element x_type, Variant variant, p
 // The kernel for a product with a tiled weight.
 const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile tile);
 
-// Whether the kernels for tiled weights find the tiles of so many pairs from their ids themselves,
-// without a sort before them, and the lists that they take.
-bool FewPairs(int64_t pairs, plan::CudaTiledTile tile);
+// The lists of kernels that find tiles themselves (plan::FindsCudaTiles).
 Lists FewLists(const int32_t* expert_ids, const int32_t* entries, int64_t pairs, int32_t experts);
 
 // How the activations of a tiled weight are prepared.

@@ -154,7 +154,7 @@ class Products {
     const TiledKernel& kernel = ChooseTiledKernel(up, ffn_.TiledTile());
     Lists lists = {};
     cudaError_t status;
-    if (FewPairs(ffn_.pairs, ffn_.TiledTile())) {
+    if (plan::FindsCudaTiles(ffn_.pairs, ffn_.TiledTile())) {
       lists = FewLists(ffn_.expert_ids, nullptr, ffn_.pairs, ffn_.experts);
       status = LaunchPrepare(ffn_.x, ffn_.type, x, stream_);
     } else {
@@ -289,7 +289,7 @@ cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream) {
   if (ffn.fuses) {
     status = products.RunActivated(up, x, h);
     // Down and the sum are one.
-    if (status == cudaSuccess && FewPairs(ffn.pairs, ffn.TiledTile())) {
+    if (status == cudaSuccess && plan::FindsCudaTiles(ffn.pairs, ffn.TiledTile())) {
       return LaunchTiledDown(*FindTiledKernels(ffn.down.format), DownOf(ffn, h), stream);
     }
   } else if (FusesDense(ffn, up)) {

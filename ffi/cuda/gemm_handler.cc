@@ -70,7 +70,7 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
                          ints(layout.offsets), tiles, ints(layout.num_tiles), tile_tokens,
                          dense_wide};
   cudaError_t status;
-  const bool few = weight.tiled && FewPairs(pairs, tiled_tile);
+  const bool few = weight.tiled && plan::FindsCudaTiles(pairs, tiled_tile);
   if (pairs <= kPairsInOneLaunch) {
     status = LaunchPrepareGemm(
         {call.sorted_token_ids, call.flat_expert_ids, call.y, weight.rows, y_type}, sort, !few,

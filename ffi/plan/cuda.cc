@@ -111,8 +111,12 @@ bool UsesCudaTiledFew(Variant variant, int64_t pairs, int64_t experts, int64_t r
   // thousand of them.
   constexpr int64_t kMostProducts = 8192;
   const int64_t tiles = experts == 1 ? 1 : pairs;
-  return variant != Variant::kScalarGguf && pairs <= std::min(kCudaLayerPairs, 2 * experts) &&
+  return variant != Variant::kScalarGguf && pairs <= std::min(kCudaFewPairs, 2 * experts) &&
          tiles * (rows / 16) * ((columns + 255) / 256) <= kMostProducts && columns > 0;
+}
+
+bool FindsCudaTiles(int64_t pairs, CudaTiledTile tile) {
+  return pairs <= kCudaFewPairs && tile == CudaTiledTile::kNarrow;
 }
 
 bool UsesCudaDenseWide(int format, int64_t k, int64_t pairs, int64_t experts, bool hopper) {
@@ -274,7 +278,7 @@ std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t
   const int down = problem.down_format & ~kTiledFormat;
   const int64_t most = up == MXFP4::kType || up == NVFP4::kType ? 2 : kCudaLayerTokens;
   if (!hopper || !CudaFuses(problem) || !HasCudaLayer(up, down) || tokens < 1 || tokens > most ||
-      pairs > kCudaLayerPairs || shape.d_expert == 0 ||
+      pairs > kCudaFewPairs || shape.d_expert == 0 ||
       std::max(shape.d_model, shape.d_expert) > kMostColumns) {
     return std::nullopt;
   }

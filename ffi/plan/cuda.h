@@ -29,6 +29,13 @@ CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, 
 // those who multiply (ffi/cuda/tiled_few.cuh): quicker where little is multiplied.
 bool UsesCudaTiledFew(Variant variant, int64_t pairs, int64_t experts, int64_t rows, int64_t columns);
 
+// So many pairs are a warp's to sort, one a lane.
+inline constexpr int64_t kCudaFewPairs = 32;
+
+// Whether the narrow kernels for tiled weights find the tiles of so many pairs from their ids themselves,
+// without a sort before them.
+bool FindsCudaTiles(int64_t pairs, CudaTiledTile tile);
+
 // How many of an expert's panels of weight rows a block of these kernels goes through: several where they
 // have few columns, but not so many that the device's places for blocks are filled unevenly. tiles: at
 // most.
@@ -72,7 +79,7 @@ bool CudaFuses(const FfnProblem& problem);
 
 // The kernel for a whole layer of few tokens (ffi/cuda/tiled_layer.cuh), Hopper's: one block a
 // multiprocessor, and what it has in shared memory: the kernel's own, x, sums.
-inline constexpr int64_t kCudaLayerWarps = 16, kCudaLayerTokens = 4, kCudaLayerPairs = 32;
+inline constexpr int64_t kCudaLayerWarps = 16, kCudaLayerTokens = 4;
 struct CudaLayerShape {
   int64_t blocks;
   int64_t x_pitch;  // values

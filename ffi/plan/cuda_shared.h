@@ -31,7 +31,7 @@ constexpr int64_t CudaWideSharedBytes(int64_t tokens) {
 // numbers a pair and what the blocks meet with. The arguments are the bytes of 256 columns of 16 rows of gate
 // and up, and of down.
 constexpr int64_t CudaLayerBytes(int64_t up_bytes, int64_t down_bytes) {
-  constexpr int64_t kWarps = kCudaLayerWarps, kPairs = kCudaLayerPairs;
+  constexpr int64_t kWarps = kCudaLayerWarps, kPairs = kCudaFewPairs;
   constexpr int64_t kAux = 16 * 2 * 4, kTiles = 8 * kPairs;
   constexpr int64_t kRings = 70000 - 8 * 2 * 8 * 20 * 4;  // of 8 warps (warp_ring.cuh)
   const auto align = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
