@@ -8,6 +8,7 @@ import numpy as np
 
 BATCH_SECONDS = 0.025  # of back-to-back calls between two readings of the clock
 REPEATS = 5
+ROUNDS = 8  # of a chain of few tokens in one program
 SLOW_SECONDS = 0.25  # a call that takes longer is timed once
 
 
@@ -29,7 +30,7 @@ def chain_seconds(chain, x, *arguments, few: bool) -> float:
     The host takes up to a millisecond to start a program of many arrays, longer than a chain of few
     tokens: with `few` the device goes through the chain several times.
     """
-    rounds = 8 if few else 1
+    rounds = ROUNDS if few else 1
 
     @jax.jit
     def chains(x, *arguments):
