@@ -81,7 +81,7 @@ def measure(model: Model, layers, tokens: int, routing: str, dtype: str, variant
             x = _layer(x, scaled, layers[i % len(layers)], variant)
         return x
 
-    seconds = clock.chain_seconds(chain, x, routings, layers, few=tokens <= 1024) / calls
+    seconds = clock.chain_seconds(chain, x, routings, layers, tokens=tokens) / calls
     active = np.mean([len(np.unique(layer_ids)) for layer_ids in ids])
     return {
         "seconds": seconds,

@@ -8,6 +8,7 @@ import numpy as np
 
 BATCH_SECONDS = 0.025  # of back-to-back calls between two readings of the clock
 REPEATS = 5
+FEW_TOKENS = 1024
 ROUNDS = 8  # of a chain of few tokens in one program
 SLOW_SECONDS = 0.25  # a call that takes longer is timed once
 
@@ -24,13 +25,13 @@ def median_time(call, batch_seconds: float | None = None) -> float:
     return float(np.median([_seconds(call, batch) for _ in range(REPEATS)]))
 
 
-def chain_seconds(chain, x, *arguments, few: bool) -> float:
+def chain_seconds(chain, x, *arguments, tokens: int) -> float:
     """Seconds of one chain(x, *arguments), an array like x, under jit.
 
     The host takes up to a millisecond to start a program of many arrays, longer than a chain of few
-    tokens: with `few` the device goes through the chain several times.
+    tokens: through such a one the device goes several times.
     """
-    rounds = ROUNDS if few else 1
+    rounds = ROUNDS if tokens <= FEW_TOKENS else 1
 
     @jax.jit
     def chains(x, *arguments):

@@ -65,7 +65,7 @@ class Peers:
                 x = product(jax.nn.silu(gate) * up, down, counts)
             return x
 
-        return clock.chain_seconds(chain, x, sizes, self.sets, few=tokens <= 1024) / calls
+        return clock.chain_seconds(chain, x, sizes, self.sets, tokens=tokens) / calls
 
 
 def one_line(error: Exception) -> str:
