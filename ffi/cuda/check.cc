@@ -45,7 +45,6 @@ const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile t
   return kernels.wide[static_cast<int>(tile) - 1];
 }
 
-static_assert(kFewPairs == plan::kCudaFewPairs);
 Lists FewLists(const int32_t* expert_ids, const int32_t* entries, int64_t pairs, int32_t experts) {
   return {nullptr, nullptr, nullptr, pairs, expert_ids, entries, experts};
 }

@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <optional>
 
+#include "ffi/plan/cuda.h"
+
 namespace jax_moe::cuda {
 
 // The grid of `blocks` blocks for each of `tiles` tiles, which are spread over two dimensions; none where
@@ -23,8 +25,7 @@ struct TokenTile {
   int32_t unused;
 };
 
-// So many pairs are a warp's to sort.
-inline constexpr int kFewPairs = 32;
+inline constexpr int kFewPairs = plan::kCudaFewPairs;
 
 // Who goes where, built on the device (dispatch.cu). The host knows upper bounds only.
 struct Lists {

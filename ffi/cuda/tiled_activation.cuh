@@ -1,5 +1,5 @@
-// The activations of the kernels that apply them to their sums: chosen outside of loops, exponentials of reduced precision (about 2^-20,
-// against h in f16).
+// The activations of the kernels that apply them to their sums: exponentials of reduced precision
+// (about 2^-20, against h in f16).
 #pragma once
 
 #include <type_traits>

@@ -47,7 +47,7 @@ __device__ __forceinline__ void LoadEight(const void* x, Element type, int64_t i
 // The expert of this block's tile, and how many tokens it has: none if there is no such tile. id and
 // entry: of entry lane.
 __device__ __forceinline__ int FindFewTile(const TiledFewArgs& args, int id, int entry,
-                                        LayerTiles::Table& table, int& count) {
+                                           LayerTiles::Table& table, int& count) {
   if (args.pairs == 1) {  // of a decoded token: the least that has to be done
     id = __shfl_sync(0xffffffffu, entry == 0 ? id : -1, 0);
     count = id >= 0 && id < args.experts ? 1 : 0;
