@@ -25,23 +25,12 @@ __device__ __forceinline__ int ClusterRank() {
 __device__ __forceinline__ void ArriveInCluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
+// The same without a promise about memory, which takes as long as all writes to global memory take.
+__device__ __forceinline__ void ArriveInClusterRelaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void WaitInCluster() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// What the block of this rank has where this one has `shared`.
-__device__ __forceinline__ int32_t LoadFromCluster(const int32_t* shared, int rank) {
-  int32_t value;
-  asm volatile(
-      "{\n"
-      ".reg .b32 address;\n"
-      "mapa.shared::cluster.u32 address, %1, %2;\n"
-      "ld.shared::cluster.s32 %0, [address];\n"
-      "}\n"
-      : "=r"(value)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(rank)
-      : "memory");
-  return value;
 }
 
 // Writes to where the block of this rank has what this one has at `shared`.
@@ -53,6 +42,21 @@ __device__ __forceinline__ void StoreToCluster(float* shared, int rank, float va
       "st.shared::cluster.f32 [address], %2;\n"
       "}\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
       "r"(rank), "f"(value)
+      : "memory");
+}
+
+// Sends to where the block of this rank has what this one has at `shared`, and its bytes to the
+// barrier there.
+__device__ __forceinline__ void SendToCluster(int32_t* shared, uint64_t* barrier, int rank,
+                                              int32_t value) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 address, barrier;\n"
+      "mapa.shared::cluster.u32 address, %0, %2;\n"
+      "mapa.shared::cluster.u32 barrier, %1, %2;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.s32 [address], %3, [barrier];\n"
+      "}\n" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+      "r"(static_cast<uint32_t>(__cvta_generic_to_shared(barrier))), "r"(rank), "r"(value)
       : "memory");
 }
 
@@ -74,7 +78,6 @@ __device__ __forceinline__ int ClusterSize() { return 1; }
 __device__ __forceinline__ int ClusterRank() { return 0; }
 __device__ __forceinline__ void ArriveInCluster() { __syncthreads(); }
 __device__ __forceinline__ void WaitInCluster() {}
-__device__ __forceinline__ int32_t LoadFromCluster(const int32_t* shared, int) { return *shared; }
 __device__ __forceinline__ void StoreToCluster(float* shared, int, float value) { *shared = value; }
 
 #endif

@@ -1,5 +1,7 @@
 #include "ffi/cuda/combine.h"
 
+#include <type_traits>
+
 #include "ffi/cuda/hopper.cuh"
 #include "ffi/cuda/launch_early.h"
 #include "ffi/cuda/store.cuh"
@@ -9,82 +11,109 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// kColumns of a pair's values: as they are in memory, for many loads under way take few registers so.
+// kColumns of a pair's values, which nobody reads again: 8 halves, or float32. As they are in memory,
+// for many loads under way take few registers so.
 template <int kColumns>
 struct Values {
-  static constexpr int kWords = kColumns == 8 ? 4 : kColumns;
-  uint32_t words[kWords];
+  static constexpr bool kScaled = kColumns == 8;
+  using Element = std::conditional_t<kScaled, half, float>;
+  using Piece = std::conditional_t<kColumns == 1, uint32_t, uint4>;
+  Piece piece;
 
-  // From element `at` on.
-  __device__ __forceinline__ void Load(const CombineArgs& args, int64_t at) {
-    if constexpr (kColumns == 8) {
-      const uint4 bits = *reinterpret_cast<const uint4*>(args.scaled_values + at);
-      words[0] = bits.x, words[1] = bits.y, words[2] = bits.z, words[3] = bits.w;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        words[i] = __float_as_uint(args.scaled_values == nullptr
-                                       ? args.values[at + i]
-                                       : __half2float(args.scaled_values[at + i]));
-      }
-    }
+  __device__ __forceinline__ void Load(const Element* at) {
+    piece = __ldcs(reinterpret_cast<const Piece*>(at));
   }
   __device__ __forceinline__ float Get(int i) const {
+    if constexpr (kColumns == 1) return __uint_as_float(piece);
+    if constexpr (kColumns == 4) return __uint_as_float(Word(i));
     if constexpr (kColumns == 8) {
-      const float2 two = __half22float2(*reinterpret_cast<const half2*>(&words[i / 2]));
+      const uint32_t word = Word(i / 2);
+      const float2 two = __half22float2(*reinterpret_cast<const half2*>(&word));
       return i % 2 == 0 ? two.x : two.y;
-    } else {
-      return __uint_as_float(words[i]);
     }
+  }
+
+ private:
+  __device__ __forceinline__ uint32_t Word(int i) const {
+    return i == 0 ? piece.x : i == 1 ? piece.y : i == 2 ? piece.z : piece.w;
+  }
+};
+
+// What there is to a pair besides its values; no expert: -1. All of it is older than the kernel
+// before this one.
+struct PairTerms {
+  int expert;
+  float scale, weight;
+
+  __device__ __forceinline__ PairTerms(const CombineArgs& args, int64_t pair, bool inside) {
+    expert = inside ? args.expert_ids[pair] : -1;
+    weight = inside && args.weights != nullptr ? args.weights[pair] : 1.0f;
+    if (expert >= args.experts) expert = -1;
+    const float* scales = args.projection.scale;
+    scale = expert >= 0 && scales != nullptr ? scales[expert] : 1.0f;
   }
 };
 
 // A grid of tokens by parts of their columns; `scales` a row.
-template <int kColumns>
+template <int kColumns, bool kBiased>
 __global__ void __launch_bounds__(kThreads)
     Combine(const __grid_constant__ CombineArgs args, int scales) {
   LetNextKernelStart();
-  WaitForEarlierKernels();
   const int64_t token = blockIdx.x;
-  const int column = static_cast<int>(blockIdx.y * kThreads + threadIdx.x) * kColumns;
-  if (column >= args.columns) return;
+  const int column = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * kColumns;
+  constexpr bool kScaled = Values<kColumns>::kScaled;
+  const auto width = static_cast<uint32_t>(args.columns);
+  const bool has = column < args.columns;
   const Projection& p = args.projection;
-  const int group = args.scale_columns == 0 ? 0 : column / args.scale_columns;
-  // Slots are read several at a time and added one after another.
+  // The token's first pair.
+  const int64_t pair = token * args.top_k, at = pair * args.columns + column;
+  const typename Values<kColumns>::Element* values;
+  if constexpr (kScaled) {
+    values = args.scaled_values + at;
+  } else {
+    values = args.values + at;
+  }
+  const float* row_scales = args.scales + pair * scales;
+  if (kScaled && args.scale_columns != 0) row_scales += column / args.scale_columns;
+  // Else every slot would begin with these again.
+  asm volatile("" : "+l"(values), "+l"(row_scales));
+  // Slots are read several at a time and added one after another. Lane i has the terms of the i-th.
   constexpr int kBatch = 8;
+  const int lane = threadIdx.x % 32;
   float sum[kColumns] = {};
   for (int first = 0; first < args.top_k; first += kBatch) {
-    int expert[kBatch];
+    const int batch = min(kBatch, args.top_k - first);
+    const PairTerms terms(args, pair + first + lane, lane < batch);
+    if (first == 0) WaitForEarlierKernels();
     Values<kColumns> value[kBatch];
-    float scale[kBatch], weight[kBatch];
-    int64_t pair = token * args.top_k + first, at = pair * args.columns + column;
-    // Values of pairs without an expert are nothing, but are read without waiting for the id.
+    float scale[kBatch];
+    // Those of pairs without an expert are nothing.
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i, ++pair, at += args.columns) {
-      expert[i] = -1;
-      if (first + i >= args.top_k) continue;
-      expert[i] = args.expert_ids[pair];
-      value[i].Load(args, at);
-      scale[i] = args.scaled_values == nullptr ? 1.0f : args.scales[pair * scales + group];
-      weight[i] = args.weights == nullptr ? 1.0f : args.weights[pair];
+    for (int i = 0; i < kBatch; ++i) {
+      if (!has || i >= batch) continue;
+      value[i].Load(values + static_cast<uint32_t>(first + i) * width);
+      scale[i] = kScaled ? __ldcs(row_scales + (first + i) * scales) : 1.0f;
     }
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (expert[i] >= args.experts) expert[i] = -1;
-      if (expert[i] >= 0 && p.scale != nullptr) scale[i] *= p.scale[expert[i]];
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (expert[i] < 0) continue;
+      const int expert = __shfl_sync(0xffffffffu, terms.expert, i);
+      const float weight = __shfl_sync(0xffffffffu, terms.weight, i);
+      const float factor = scale[i] * __shfl_sync(0xffffffffu, terms.scale, i);
+      if (!has || expert < 0) continue;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        const float bias =
-            p.bias == nullptr ? 0.0f : p.bias[expert[i] * p.bias_pitch + column + c];
-        sum[c] += (value[i].Get(c) * scale[i] + bias) * weight[i];
+        const float bias = kBiased ? p.bias[expert * p.bias_pitch + column + c] : 0.0f;
+        sum[c] += (value[i].Get(c) * factor + bias) * weight;
       }
     }
   }
-  StoreColumns(args.y, token * args.columns + column, args.y_type, sum);
+  if (has) StoreColumns(args.y, token * args.columns + column, args.y_type, sum);
+}
+
+template <bool kBiased>
+auto* CombineOf(int columns) {
+  return columns == 8 ? Combine<8, kBiased> : columns == 4 ? Combine<4, kBiased>
+                                                           : Combine<1, kBiased>;
 }
 
 __global__ void __launch_bounds__(kThreads)
@@ -100,14 +129,18 @@ __global__ void __launch_bounds__(kThreads)
 
 cudaError_t LaunchCombine(const CombineArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) return cudaSuccess;
-  const int columns =
-      args.scaled_values != nullptr && args.columns % 8 == 0 ? 8 : args.columns % 4 == 0 ? 4 : 1;
-  const int64_t parts = (args.columns + kThreads * columns - 1) / (kThreads * columns);
-  const dim3 grid(static_cast<unsigned>(args.tokens), static_cast<unsigned>(parts));
+  const int columns = args.scaled_values != nullptr ? 8 : args.columns % 4 == 0 ? 4 : 1;
+  // Few tokens are spread over more blocks.
+  int threads = kThreads;
+  const auto parts = [&] {
+    return (args.columns + threads * columns - 1) / (int64_t{threads} * columns);
+  };
+  while (threads > 64 && args.tokens * parts() < Multiprocessors()) threads /= 2;
+  const dim3 grid(static_cast<unsigned>(args.tokens), static_cast<unsigned>(parts()));
   const int width = args.scale_columns;
   const int scales = width == 0 ? 1 : static_cast<int>((args.columns + width - 1) / width);
-  const auto kernel = columns == 8 ? Combine<8> : columns == 4 ? Combine<4> : Combine<1>;
-  return LaunchEarly(kernel, grid, kThreads, 0, stream, args, scales);
+  auto* kernel = args.projection.bias == nullptr ? CombineOf<false>(columns) : CombineOf<true>(columns);
+  return LaunchEarly(kernel, grid, threads, 0, stream, args, scales);
 }
 
 cudaError_t LaunchZeroRows(const int32_t* expert_ids, int64_t pairs, int32_t experts, void* y,

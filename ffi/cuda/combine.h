@@ -15,7 +15,7 @@ namespace jax_moe::cuda {
 // top_k + s and e its expert; slots without an expert add nothing.
 struct CombineArgs {
   const float* values;        // [tokens * top_k, columns]
-  const half* scaled_values;  // in place of the above, each row times scales
+  const half* scaled_values;  // in place of the above, each row times scales; columns: 8 n
   const float* scales;        // [tokens * top_k, one for every scale_columns]
   int32_t scale_columns;      // a multiple of 8; 0: a row has one scale
   const int32_t* expert_ids;  // [tokens, top_k]

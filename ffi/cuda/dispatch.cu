@@ -9,9 +9,11 @@ namespace {
 
 __global__ void __launch_bounds__(kSortThreads) Sort(const __grid_constant__ SortArgs args) {
   extern __shared__ int32_t counts[];
+  SortBlock sorting(args, args.expert_ids, counts);
+  sorting.Clear();
   WaitForEarlierKernels();
   LetNextKernelStart();
-  SortBlock(args, args.expert_ids, counts).Run();
+  sorting.Run();
 }
 
 __global__ void MarkWinners(const int32_t* sorted_token_ids, int64_t pairs, int32_t* winners) {
@@ -46,7 +48,7 @@ int64_t MaxTiles(int64_t pairs, int64_t experts, int64_t tile_tokens, bool even_
 cudaError_t LaunchSort(const SortArgs& args, cudaStream_t stream) {
   const int blocks = SortBlocks(args);
   return LaunchClusters(Sort, blocks, static_cast<unsigned>(blocks), kSortThreads,
-                        SortSharedBytes(args), stream, args);
+                        SortSharedBytes(args, blocks), stream, args);
 }
 
 cudaError_t LaunchPairExperts(const int32_t* sorted_token_ids, const int32_t* flat_expert_ids,

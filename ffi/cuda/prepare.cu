@@ -159,14 +159,20 @@ __global__ void __launch_bounds__(kThreads, kThreads == 256 ? 5 : 1)
                    const __grid_constant__ Rows rows, Activations to, Layout layout,
                    int64_t number, int64_t columns, bool rounds) {
   extern __shared__ int32_t counts[];
-  WaitForEarlierKernels();
-  LetNextKernelStart();
   const int block = static_cast<int>(blockIdx.x);
   if (block < sort_blocks) {
-    if (threadIdx.x < kSortThreads) SortBlock(sort, sort.expert_ids, counts).Run();
-  } else if (block - sort_blocks < number) {
-    PrepareRow<kThreads>(rows, to, layout, columns, rounds, block - sort_blocks);
+    if (threadIdx.x >= kSortThreads) return;
+    SortBlock sorting(sort, sort.expert_ids, counts);
+    sorting.Clear();
+    WaitForEarlierKernels();
+    LetNextKernelStart();
+    sorting.Run();
+    return;
   }
+  WaitForEarlierKernels();
+  LetNextKernelStart();
+  if (block - sort_blocks >= number) return;
+  PrepareRow<kThreads>(rows, to, layout, columns, rounds, block - sort_blocks);
 }
 
 // ids [pairs]: the last entry that names each pair decides, as in LaunchPairExperts. By the block that
@@ -218,8 +224,10 @@ __global__ void __launch_bounds__(kThreads)
     // What the other functions have there is less than 1 KB.
     static_assert(4 * (kMostSortCounters + kPairsInOneLaunch) + 1024 <= 48 * 1024);
     if (threadIdx.x >= kSortThreads) return;
+    SortBlock sorting(sort, ids, counts);
+    sorting.Clear();
     FindPairExperts(pairs, number, ids);
-    SortBlock(sort, ids, counts).Run();
+    sorting.Run();
   } else if (block < number) {
     ZeroRowWithoutExpert(pairs, number, sort.experts, block);
   } else {
@@ -239,7 +247,7 @@ cudaError_t LaunchSortAndRows(const SortArgs& sort, const Rows& rows, const Prep
   const int cluster = SortBlocks(sort);
   const int64_t blocks = cluster + (to.rows + cluster - 1) / cluster * cluster;
   return LaunchClusters(SortAndPrepare<kThreads, Rows>, cluster, static_cast<unsigned>(blocks),
-                        kThreads, SortSharedBytes(sort), stream, sort, cluster, rows,
+                        kThreads, SortSharedBytes(sort, cluster), stream, sort, cluster, rows,
                         ViewPrepared(to), to.layout, to.rows, to.columns, to.rounds);
 }
 
@@ -283,7 +291,7 @@ cudaError_t LaunchPrepareGemm(const PairArgs& pairs, const SortArgs& sort, bool 
     const int sort_blocks = sorts ? 1 : 0;
     return LaunchEarly(PrepareGemm<kThreads, decltype(rows)>,
                        static_cast<unsigned>(sort_blocks + sort.pairs + to.rows), kThreads,
-                       sorts ? SortSharedBytes(sort) : 0, stream, pairs, sort, sort_blocks, rows,
+                       sorts ? SortSharedBytes(sort, 1) : 0, stream, pairs, sort, sort_blocks, rows,
                        ViewPrepared(to), to.layout, to.columns, to.rounds);
   });
 }

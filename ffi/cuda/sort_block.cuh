@@ -4,6 +4,8 @@
 
 #include "ffi/cuda/cluster.cuh"
 #include "ffi/cuda/dispatch.h"
+#include "ffi/cuda/divisor.cuh"
+#include "ffi/cuda/hopper.cuh"
 
 namespace jax_moe::cuda {
 
@@ -11,28 +13,37 @@ constexpr int kSortThreads = 256;
 constexpr int kSortWarps = kSortThreads / 32;
 static_assert(kSortWarps <= 32);  // a warp scans the sums of all warps
 constexpr int kSortCluster = 8;  // blocks, as many as every device with clusters allows
+constexpr int64_t kMostPairsOfSortBlock = 1024;
 
-// Warps of a block that sort, each with counters of its own, so that a block needs at most 40 KB.
+// Counters of a block, at most 40 KB: every warp that sorts has some of its own, and in a cluster
+// there are those of every block.
 constexpr int kMostSortCounters = 10240;
-__host__ __device__ inline int SortingWarps(int32_t experts) {
-  const int fit = kMostSortCounters / (experts + 1) - 1;
-  return fit < 1 ? 1 : fit > kSortWarps ? kSortWarps : fit;
-}
 
-// Blocks that sort together on devices with clusters. A single warp has no room for counters that
-// the other blocks can read.
+// Blocks that sort together on devices with clusters, if there is room for some warps of each.
 __host__ __device__ inline int SortCluster(int64_t pairs, int32_t experts) {
-  return pairs > 1024 && SortingWarps(experts) > 1 ? kSortCluster : 1;
+  return pairs > kMostPairsOfSortBlock && (kSortCluster + 2) * (experts + 1) <= kMostSortCounters
+             ? kSortCluster
+             : 1;
 }
 
-inline size_t SortSharedBytes(const SortArgs& args) {
-  const int warps = SortingWarps(args.experts);
-  return sizeof(int32_t) * (warps == 1 ? 1 : 1 + warps) * (args.experts + 1);
+// Counters of other blocks than this one.
+__host__ __device__ inline int SortReceived(int cluster) { return cluster > 1 ? cluster : 0; }
+
+__host__ __device__ inline int SortingWarps(int32_t experts, int cluster) {
+  const int others = SortReceived(cluster);
+  if ((kSortWarps + others) * (experts + 1) <= kMostSortCounters) return kSortWarps;
+  const int fit = kMostSortCounters / (experts + 1) - others;
+  return fit < 1 ? 1 : fit;
+}
+
+inline size_t SortSharedBytes(const SortArgs& args, int cluster) {
+  const int arrays = SortingWarps(args.experts, cluster) + SortReceived(cluster);
+  return sizeof(int32_t) * arrays * (args.experts + 1);
 }
 
 // Of the values that a block's threads give, returns `total` and the sum over all threads before
-// this one, and adds the sum over all threads to `total`.
-__device__ inline int2 BlockScan(int2 value, int2* warp_sums, int2& total) {
+// this one, and adds the sum over all threads to `total`. The next call takes other `warp_sums`.
+__device__ inline int2 BlockScan(int2 value, int2 (&warp_sums)[kSortWarps], int2& total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int2 sum = value;
   for (int d = 1; d < 32; d *= 2) {
@@ -41,21 +52,14 @@ __device__ inline int2 BlockScan(int2 value, int2* warp_sums, int2& total) {
   }
   if (lane == 31) warp_sums[warp] = sum;
   __syncthreads();
-  int2 part = lane < kSortWarps ? warp_sums[lane] : make_int2(0, 0);
-  for (int d = 1; d < 32; d *= 2) {
-    const int x = __shfl_up_sync(0xffffffffu, part.x, d),
-              y = __shfl_up_sync(0xffffffffu, part.y, d);
-    if (lane >= d) part = {part.x + x, part.y + y};
+  int2 before = {total.x + sum.x - value.x, total.y + sum.y - value.y};
+#pragma unroll
+  for (int w = 0; w < kSortWarps; ++w) {
+    const int2 other = warp_sums[w];
+    if (w < warp) before = {before.x + other.x, before.y + other.y};
+    total = {total.x + other.x, total.y + other.y};
   }
-  const int before = warp == 0 ? 0 : warp - 1;
-  const int2 warps_before = {__shfl_sync(0xffffffffu, part.x, before) * (warp > 0),
-                             __shfl_sync(0xffffffffu, part.y, before) * (warp > 0)};
-  const int2 result = {total.x + warps_before.x + sum.x - value.x,
-                       total.y + warps_before.y + sum.y - value.y};
-  total.x += __shfl_sync(0xffffffffu, part.x, 31);
-  total.y += __shfl_sync(0xffffffffu, part.y, 31);
-  __syncthreads();
-  return result;
+  return before;
 }
 
 // What a block of the cluster does.
@@ -67,35 +71,48 @@ class SortBlock {
         ids_(ids),
         pairs_(static_cast<int>(args.pairs)),
         buckets_(args.experts + 1),
-        warps_(SortingWarps(args.experts)),
+        blocks_(ClusterSize()),
+        warps_(SortingWarps(args.experts, blocks_)),
         warp_(threadIdx.x / 32),
         lane_(threadIdx.x % 32),
-        all_(counts),
-        warp_counts_(warps_ == 1 ? counts : counts + buckets_) {
-    const int parts = ClusterSize() * warps_;
-    const int share = (pairs_ + 32 * parts - 1) / (32 * parts) * 32;
-    begin_ = warp_ < warps_ ? min((ClusterRank() * warps_ + warp_) * share, pairs_) : pairs_;
+        by_tile_tokens_(args.tile_tokens),
+        counts_(counts),
+        received_(counts + warps_ * buckets_) {
+    const unsigned rounds = (pairs_ + 31) / 32, parts = blocks_ * warps_;
+    const int share = static_cast<int>((rounds + parts - 1) / parts * 32);
+    const int64_t begin = int64_t{share} * (ClusterRank() * warps_ + warp_);
+    begin_ = static_cast<int>(warp_ < warps_ ? min(begin, args.pairs) : args.pairs);
     end_ = min(begin_ + share, pairs_);
   }
 
+  // Before Run; touches nothing but shared memory.
+  __device__ void Clear() {
+    for (int i = threadIdx.x; i < warps_ * buckets_; i += kSortThreads) counts_[i] = 0;
+    if (blocks_ > 1) ExpectCounts();
+  }
+
   __device__ void Run() {
-    for (int i = threadIdx.x; i < warps_ * buckets_; i += kSortThreads) warp_counts_[i] = 0;
+    // The ids of a warp with few pairs are read once, and their ranks come with the counts.
+    const bool once = end_ - begin_ <= 32 * kBatch;
+    int32_t id[kBatch];
+    int place[kBatch];
+    LoadIds(begin_, id);
     __syncthreads();
-    Count();
-    __syncthreads();
-    for (int bucket = threadIdx.x; bucket < buckets_; bucket += kSortThreads) {
-      int sum = 0;
-      for (int w = 0; w < warps_; ++w) sum += warp_counts_[w * buckets_ + bucket];
-      all_[bucket] = sum;
+    if (once) {
+      Place(begin_, id, place);
+    } else {
+      Count(id);
     }
-    ArriveInCluster();
-    WaitInCluster();
-    PlaceBuckets();
-    // The others read this block's shared memory until they are here too.
-    ArriveInCluster();
     __syncthreads();
-    Scatter();
-    WaitInCluster();
+    if (blocks_ > 1) ExchangeCounts();
+    PlaceBuckets();
+    __syncthreads();
+    if (once) {
+      AddBegins(id, place);
+      Write(begin_, id, place);
+    } else {
+      Scatter();
+    }
   }
 
  private:
@@ -114,11 +131,11 @@ class SortBlock {
     }
   }
 
-  __device__ void Count() {
-    int32_t* counts = warp_counts_ + warp_ * buckets_;
+  // id: the first batch.
+  __device__ void Count(int32_t (&id)[kBatch]) {
+    int32_t* counts = counts_ + warp_ * buckets_;
     for (int base = begin_; base < end_; base += 32 * kBatch) {
-      int32_t id[kBatch];
-      LoadIds(base, id);
+      if (base > begin_) LoadIds(base, id);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
         if (base + 32 * i + lane_ < end_) atomicAdd(counts + Bucket(id[i]), 1);
@@ -126,33 +143,70 @@ class SortBlock {
     }
   }
 
+  // That every block of the cluster sends its own.
+  __device__ void ExpectCounts() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (threadIdx.x == 0) {
+      InitBarrier(Barrier(), 1);
+      FenceBarrierInit();
+      ArriveExpectBytes(Barrier(), sizeof(int32_t) * blocks_ * buckets_);
+    }
+    ArriveInClusterRelaxed();
+#endif
+  }
+
+  __device__ void ExchangeCounts() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    WaitInCluster();  // for their barriers
+    for (int bucket = threadIdx.x; bucket < buckets_; bucket += kSortThreads) {
+      int sum = 0;
+      for (int w = 0; w < warps_; ++w) sum += counts_[w * buckets_ + bucket];
+      for (int rank = 0; rank < blocks_; ++rank) {
+        SendToCluster(received_ + ClusterRank() * buckets_ + bucket, Barrier(), rank, sum);
+      }
+    }
+    WaitBarrier(Barrier(), 0);
+#endif
+  }
+
+  __device__ static uint64_t* Barrier() {
+    __shared__ uint64_t barrier;
+    return &barrier;
+  }
+
   // From the number of pairs in every bucket to where each warp's begin, and to the tiles.
   __device__ void PlaceBuckets() {
-    __shared__ int2 warp_sums[kSortWarps];
+    __shared__ int2 warp_sums[2][kSortWarps];
     int2 total = {0, 0};
     for (int base = 0; base < buckets_; base += kSortThreads) {
       const int bucket = base + static_cast<int>(threadIdx.x);
       const bool has = bucket < buckets_;
-      int there[kSortCluster];
+      int here[kSortWarps];
 #pragma unroll
-      for (int rank = 0; rank < kSortCluster; ++rank) {
-        there[rank] = has && rank < ClusterSize() ? LoadFromCluster(all_ + bucket, rank) : 0;
+      for (int w = 0; w < kSortWarps; ++w) {
+        here[w] = has && w < warps_ ? counts_[w * buckets_ + bucket] : 0;
       }
       int number = 0, before = 0;  // in all blocks, and in those before this one
+      if (blocks_ > 1) {
 #pragma unroll
-      for (int rank = 0; rank < kSortCluster; ++rank) {
-        number += there[rank];
-        if (rank < ClusterRank()) before += there[rank];
+        for (int rank = 0; rank < kSortCluster; ++rank) {
+          const int there = has ? received_[rank * buckets_ + bucket] : 0;
+          number += there;
+          if (rank < ClusterRank()) before += there;
+        }
+      } else {
+#pragma unroll
+        for (int w = 0; w < kSortWarps; ++w) number += here[w];
       }
       const int tiles = bucket < args_.experts ? Tiles(number) : 0;
-      const int2 begin = BlockScan({number, tiles}, warp_sums, total);
+      const int2 begin =
+          BlockScan({number, tiles}, warp_sums[base / kSortThreads % 2], total);
       if (!has) continue;
       int next = begin.x + before;
-      for (int w = 0; w < warps_; ++w) {
-        int32_t& count = warp_counts_[w * buckets_ + bucket];
-        const int here = count;
-        count = next;
-        next += here;
+#pragma unroll
+      for (int w = 0; w < kSortWarps; ++w) {
+        if (w < warps_) counts_[w * buckets_ + bucket] = next;
+        next += here[w];
       }
       if (ClusterRank() == 0) {
         args_.offsets[bucket] = begin.x;
@@ -166,7 +220,7 @@ class SortBlock {
   // Of an expert.
   __device__ int Tiles(int pairs) const {
     if (args_.tiles == nullptr) return 0;
-    const int tiles = (pairs + args_.tile_tokens - 1) / args_.tile_tokens;
+    const int tiles = by_tile_tokens_.Quotient(pairs + args_.tile_tokens - 1);
     return args_.even_tiles && tiles > 1 ? tiles + tiles % 2 : tiles;
   }
 
@@ -174,46 +228,73 @@ class SortBlock {
   // the last one may be empty.
   __device__ void WriteTiles(int bucket, int pairs, int tiles, int2 begin) const {
     const int step = min(8, args_.tile_tokens);
-    const int size = tiles == 0 ? 0 : ((pairs + tiles - 1) / tiles + step - 1) / step * step;
+    const int size = tiles <= 1 ? pairs : ((pairs + tiles - 1) / tiles + step - 1) / step * step;
     for (int i = 0; i < tiles; ++i) {
       const int start = i * size;
       args_.tiles[begin.y + i] = {bucket, begin.x + start, max(min(size, pairs - start), 0), 0};
     }
   }
 
-  // Writes a warp's pairs to their places; of its counts, next[bucket] is the first free one.
-  __device__ void Scatter() {
-    int32_t* next = warp_counts_ + warp_ * buckets_;
+  // The places of a batch's pairs in their order; of the warp's counts, next[bucket] is the first
+  // free one.
+  __device__ void Place(int base, const int32_t (&id)[kBatch], int (&place)[kBatch]) const {
+    int32_t* next = counts_ + warp_ * buckets_;
+    unsigned same[kBatch];  // lanes with the same bucket
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (base + 32 * i >= end_) break;
+      const bool inside = base + 32 * i + lane_ < end_;
+      same[i] = __match_any_sync(0xffffffffu, inside ? Bucket(id[i]) : -1);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (base + 32 * i >= end_) break;
+      const bool inside = base + 32 * i + lane_ < end_;
+      const int bucket = Bucket(id[i]);
+      place[i] = next[bucket] + __popc(same[i] & ((1u << lane_) - 1));
+      __syncwarp();
+      if (inside && lane_ == 31 - __clz(same[i])) next[bucket] = place[i] + 1;
+      __syncwarp();
+    }
+  }
+
+  __device__ void Write(int base, const int32_t (&id)[kBatch], const int (&place)[kBatch]) const {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (base + 32 * i >= end_) break;
+      const int pair = base + 32 * i + lane_;
+      if (pair >= end_) continue;
+      args_.sorted[place[i]] = pair;
+      if (args_.sorted_ids != nullptr) args_.sorted_ids[place[i]] = id[i];
+    }
+  }
+
+  // To ranks among the warp's pairs of a bucket.
+  __device__ void AddBegins(const int32_t (&id)[kBatch], int (&rank)[kBatch]) const {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (begin_ + 32 * i >= end_) break;
+      rank[i] += counts_[warp_ * buckets_ + Bucket(id[i])];
+    }
+  }
+
+  __device__ void Scatter() const {
     for (int base = begin_; base < end_; base += 32 * kBatch) {
       int32_t id[kBatch];
-      unsigned same[kBatch];  // lanes with the same bucket
+      int place[kBatch];
       LoadIds(base, id);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const bool inside = base + 32 * i + lane_ < end_;
-        same[i] = __match_any_sync(0xffffffffu, inside ? Bucket(id[i]) : -1);
-      }
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const int pair = base + 32 * i + lane_, bucket = Bucket(id[i]);
-        const int place = next[bucket] + __popc(same[i] & ((1u << lane_) - 1));
-        __syncwarp();
-        if (pair < end_) {
-          args_.sorted[place] = pair;
-          if (args_.sorted_ids != nullptr) args_.sorted_ids[place] = id[i];
-          if (lane_ == 31 - __clz(same[i])) next[bucket] = place + 1;
-        }
-        __syncwarp();
-      }
+      Place(base, id, place);
+      Write(base, id, place);
     }
   }
 
   const SortArgs& args_;
   const int32_t* ids_;
-  const int pairs_, buckets_, warps_, warp_, lane_;
-  int begin_, end_;       // the warp's pairs
-  int32_t* all_;          // [buckets]: this block's pairs of every bucket
-  int32_t* warp_counts_;  // [warps, buckets]: the same of every warp
+  const int pairs_, buckets_, blocks_, warps_, warp_, lane_;
+  const Divisor by_tile_tokens_;
+  int begin_, end_;  // the warp's pairs
+  int32_t* counts_;    // [warps, buckets]: the pairs of every bucket
+  int32_t* received_;  // [blocks, buckets]: the same of the cluster's blocks
 };
 
 }  // namespace jax_moe::cuda

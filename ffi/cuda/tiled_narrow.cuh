@@ -12,6 +12,7 @@
 
 #include <climits>
 
+#include "ffi/cuda/divisor.cuh"
 #include "ffi/cuda/few_tiles.cuh"
 #include "ffi/cuda/hopper.cuh"
 #include "ffi/cuda/tiled_epilogue.cuh"
@@ -65,23 +66,6 @@ struct alignas(16) NarrowMemory {
   float sums[Shape::kWarps][2][Shape::kTokens][Shape::kSumRows];
   FewTiles::Table tiles[Shape::kWarps];
   NarrowShare shares[Shape::kWarps][2];
-};
-
-// Division of numbers below 2^31 by one that is known only at run time.
-class Divisor {
- public:
-  __device__ __forceinline__ explicit Divisor(unsigned divisor)
-      : divisor_(divisor), inverse_(divisor > 1 ? 0xffffffffu / divisor + 1 : 0) {}
-
-  __device__ __forceinline__ int Quotient(unsigned x) const {
-    if (divisor_ == 1) return static_cast<int>(x);
-    // At most one too large.
-    const unsigned quotient = __umulhi(x, inverse_);
-    return static_cast<int>(quotient * divisor_ > x ? quotient - 1 : quotient);
-  }
-
- private:
-  unsigned divisor_, inverse_;
 };
 
 // A warp, and its way through the items.
