@@ -25,7 +25,7 @@ __device__ __forceinline__ int ClusterRank() {
 __device__ __forceinline__ void ArriveInCluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
-// The same without a promise about memory, which takes as long as all writes to global memory take.
+// The same without the promise about memory, which waits for all writes to global memory too.
 __device__ __forceinline__ void ArriveInClusterRelaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }

@@ -10,9 +10,10 @@ namespace jax_moe::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kCombineThreads = 128;  // at most
 
-// kColumns of a pair's values, which nobody reads again: 8 halves, or float32. As they are in memory,
-// for many loads under way take few registers so.
+// kColumns of a pair's values, which nobody reads again: 8 halves, or float32. As they are in
+// memory, for many loads under way take few registers so.
 template <int kColumns>
 struct Values {
   static constexpr bool kScaled = kColumns == 8;
@@ -56,7 +57,7 @@ struct PairTerms {
 
 // A grid of tokens by parts of their columns; `scales` a row.
 template <int kColumns, bool kBiased>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kCombineThreads)
     Combine(const __grid_constant__ CombineArgs args, int scales) {
   LetNextKernelStart();
   const int64_t token = blockIdx.x;
@@ -98,8 +99,9 @@ __global__ void __launch_bounds__(kThreads)
     for (int i = 0; i < kBatch; ++i) {
       const int expert = __shfl_sync(0xffffffffu, terms.expert, i);
       const float weight = __shfl_sync(0xffffffffu, terms.weight, i);
-      const float factor = scale[i] * __shfl_sync(0xffffffffu, terms.scale, i);
+      const float expert_scale = __shfl_sync(0xffffffffu, terms.scale, i);
       if (!has || expert < 0) continue;
+      const float factor = scale[i] * expert_scale;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const float bias = kBiased ? p.bias[expert * p.bias_pitch + column + c] : 0.0f;
@@ -130,16 +132,17 @@ __global__ void __launch_bounds__(kThreads)
 cudaError_t LaunchCombine(const CombineArgs& args, cudaStream_t stream) {
   if (args.tokens == 0) return cudaSuccess;
   const int columns = args.scaled_values != nullptr ? 8 : args.columns % 4 == 0 ? 4 : 1;
-  // Few tokens are spread over more blocks.
-  int threads = kThreads;
-  const auto parts = [&] {
+  const auto parts = [&](int threads) {
     return (args.columns + threads * columns - 1) / (int64_t{threads} * columns);
   };
-  while (threads > 64 && args.tokens * parts() < Multiprocessors()) threads /= 2;
-  const dim3 grid(static_cast<unsigned>(args.tokens), static_cast<unsigned>(parts()));
+  // Few tokens are spread over more blocks.
+  const bool few = args.tokens * parts(kCombineThreads) < Multiprocessors();
+  const int threads = few ? kCombineThreads / 2 : kCombineThreads;
+  const dim3 grid(static_cast<unsigned>(args.tokens), static_cast<unsigned>(parts(threads)));
   const int width = args.scale_columns;
   const int scales = width == 0 ? 1 : static_cast<int>((args.columns + width - 1) / width);
-  auto* kernel = args.projection.bias == nullptr ? CombineOf<false>(columns) : CombineOf<true>(columns);
+  const bool biased = args.projection.bias != nullptr;
+  auto* const kernel = biased ? CombineOf<true>(columns) : CombineOf<false>(columns);
   return LaunchEarly(kernel, grid, threads, 0, stream, args, scales);
 }
 

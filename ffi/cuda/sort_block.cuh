@@ -26,7 +26,7 @@ __host__ __device__ inline int SortCluster(int64_t pairs, int32_t experts) {
              : 1;
 }
 
-// Counters of other blocks than this one.
+// Arrays of counters that a cluster's blocks send.
 __host__ __device__ inline int SortReceived(int cluster) { return cluster > 1 ? cluster : 0; }
 
 __host__ __device__ inline int SortingWarps(int32_t experts, int cluster) {
@@ -81,11 +81,12 @@ class SortBlock {
     const unsigned rounds = (pairs_ + 31) / 32, parts = blocks_ * warps_;
     const int share = static_cast<int>((rounds + parts - 1) / parts * 32);
     const int64_t begin = int64_t{share} * (ClusterRank() * warps_ + warp_);
-    begin_ = static_cast<int>(warp_ < warps_ ? min(begin, args.pairs) : args.pairs);
-    end_ = min(begin_ + share, pairs_);
+    begin_ = warp_ < warps_ ? static_cast<int>(min(begin, args.pairs)) : pairs_;
+    end_ = begin_ + min(share, pairs_ - begin_);
+    bits_ = 32 - __clz(args.experts);
   }
 
-  // Before Run; touches nothing but shared memory.
+  // Before Run; needs no ids.
   __device__ void Clear() {
     for (int i = threadIdx.x; i < warps_ * buckets_; i += kSortThreads) counts_[i] = 0;
     if (blocks_ > 1) ExpectCounts();
@@ -93,57 +94,58 @@ class SortBlock {
 
   __device__ void Run() {
     // The ids of a warp with few pairs are read once, and their ranks come with the counts.
-    const bool once = end_ - begin_ <= 32 * kBatch;
-    int32_t id[kBatch];
-    int place[kBatch];
-    LoadIds(begin_, id);
+    const bool twice = end_ - begin_ > 32 * kBatch;
+    int bucket[kBatch], place[kBatch];
+    Load(begin_, bucket);
     __syncthreads();
-    if (once) {
-      Place(begin_, id, place);
+    if (twice) {
+      Count(bucket);
     } else {
-      Count(id);
+      Place(begin_, bucket, place);
     }
     __syncthreads();
     if (blocks_ > 1) ExchangeCounts();
     PlaceBuckets();
     __syncthreads();
-    if (once) {
-      AddBegins(id, place);
-      Write(begin_, id, place);
-    } else {
+    if (twice) {
       Scatter();
+    } else {
+      AddBegins(bucket, place);
+      Write(begin_, place);
     }
   }
 
  private:
   static constexpr int kBatch = 8;  // times 32 pairs whose loads are under way at a time
 
-  __device__ int Bucket(int32_t id) const {
-    return id >= 0 && id < args_.experts ? id : args_.experts;
-  }
-
-  // Of the pairs base + 32 i + lane; 0 past the end.
-  __device__ void LoadIds(int base, int32_t (&id)[kBatch]) const {
+  // Of the pairs base + 32 i + lane; past the end anything.
+  __device__ void Load(int base, int (&bucket)[kBatch]) const {
+    int32_t id[kBatch];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       const int pair = base + 32 * i + lane_;
       id[i] = pair < end_ ? ids_[pair] : 0;
     }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      bucket[i] = id[i] >= 0 && id[i] < args_.experts ? id[i] : args_.experts;
+    }
   }
 
-  // id: the first batch.
-  __device__ void Count(int32_t (&id)[kBatch]) {
+  // bucket: of the first batch.
+  __device__ void Count(int (&bucket)[kBatch]) {
     int32_t* counts = counts_ + warp_ * buckets_;
     for (int base = begin_; base < end_; base += 32 * kBatch) {
-      if (base > begin_) LoadIds(base, id);
+      if (base > begin_) Load(base, bucket);
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {
-        if (base + 32 * i + lane_ < end_) atomicAdd(counts + Bucket(id[i]), 1);
+        if (base + 32 * i + lane_ < end_) atomicAdd(counts + bucket[i], 1);
       }
     }
   }
 
-  // That every block of the cluster sends its own.
+  // Lets the cluster's blocks, this one too, send what they have of every bucket. A barrier of the
+  // cluster with a promise about memory would take as long as all writes to global memory.
   __device__ void ExpectCounts() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if (threadIdx.x == 0) {
@@ -157,7 +159,7 @@ class SortBlock {
 
   __device__ void ExchangeCounts() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    WaitInCluster();  // for their barriers
+    WaitInCluster();  // until all expect them
     for (int bucket = threadIdx.x; bucket < buckets_; bucket += kSortThreads) {
       int sum = 0;
       for (int w = 0; w < warps_; ++w) sum += counts_[w * buckets_ + bucket];
@@ -199,8 +201,7 @@ class SortBlock {
         for (int w = 0; w < kSortWarps; ++w) number += here[w];
       }
       const int tiles = bucket < args_.experts ? Tiles(number) : 0;
-      const int2 begin =
-          BlockScan({number, tiles}, warp_sums[base / kSortThreads % 2], total);
+      const int2 begin = BlockScan({number, tiles}, warp_sums[base / kSortThreads % 2], total);
       if (!has) continue;
       int next = begin.x + before;
 #pragma unroll
@@ -227,64 +228,77 @@ class SortBlock {
   // Of nearly equal size, in units of what a tensor core multiplies at a time. With an even number
   // the last one may be empty.
   __device__ void WriteTiles(int bucket, int pairs, int tiles, int2 begin) const {
-    const int step = min(8, args_.tile_tokens);
-    const int size = tiles <= 1 ? pairs : ((pairs + tiles - 1) / tiles + step - 1) / step * step;
+    constexpr unsigned kUnit = 8;
+    int size = pairs;
+    if (tiles > 1) {
+      const unsigned even = static_cast<unsigned>(pairs + tiles - 1) / static_cast<unsigned>(tiles);
+      size = args_.tile_tokens <= kUnit ? args_.tile_tokens : (even + kUnit - 1) / kUnit * kUnit;
+    }
     for (int i = 0; i < tiles; ++i) {
       const int start = i * size;
       args_.tiles[begin.y + i] = {bucket, begin.x + start, max(min(size, pairs - start), 0), 0};
     }
   }
 
+  // Of the lanes in `lanes`, which this one is in, those with the same bucket. match.any takes its
+  // time for every bucket that there is.
+  __device__ unsigned SameBucket(unsigned lanes, int bucket) const {
+    constexpr int kTogether = 4;
+#pragma unroll 1
+    for (int left = bits_; left > 0; left -= kTogether, bucket >>= kTogether) {
+#pragma unroll
+      for (int bit = 0; bit < kTogether; ++bit) {
+        const bool set = bucket >> bit & 1;
+        const unsigned others = __ballot_sync(0xffffffffu, set);
+        lanes &= set ? others : ~others;
+      }
+    }
+    return lanes;
+  }
+
   // The places of a batch's pairs in their order; of the warp's counts, next[bucket] is the first
   // free one.
-  __device__ void Place(int base, const int32_t (&id)[kBatch], int (&place)[kBatch]) const {
+  __device__ void Place(int base, const int (&bucket)[kBatch], int (&place)[kBatch]) const {
     int32_t* next = counts_ + warp_ * buckets_;
-    unsigned same[kBatch];  // lanes with the same bucket
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (base + 32 * i >= end_) break;
       const bool inside = base + 32 * i + lane_ < end_;
-      same[i] = __match_any_sync(0xffffffffu, inside ? Bucket(id[i]) : -1);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (base + 32 * i >= end_) break;
-      const bool inside = base + 32 * i + lane_ < end_;
-      const int bucket = Bucket(id[i]);
-      place[i] = next[bucket] + __popc(same[i] & ((1u << lane_) - 1));
+      const unsigned same = SameBucket(__ballot_sync(0xffffffffu, inside), bucket[i]);
+      place[i] = next[bucket[i]] + __popc(same & ((1u << lane_) - 1));
       __syncwarp();
-      if (inside && lane_ == 31 - __clz(same[i])) next[bucket] = place[i] + 1;
+      if (inside && lane_ == 31 - __clz(same)) next[bucket[i]] = place[i] + 1;
       __syncwarp();
     }
   }
 
-  __device__ void Write(int base, const int32_t (&id)[kBatch], const int (&place)[kBatch]) const {
+  // To ranks among the warp's pairs of a bucket.
+  __device__ void AddBegins(const int (&bucket)[kBatch], int (&rank)[kBatch]) const {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (begin_ + 32 * i >= end_) break;
+      rank[i] += counts_[warp_ * buckets_ + bucket[i]];
+    }
+  }
+
+  __device__ void Write(int base, const int (&place)[kBatch]) const {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (base + 32 * i >= end_) break;
       const int pair = base + 32 * i + lane_;
       if (pair >= end_) continue;
       args_.sorted[place[i]] = pair;
-      if (args_.sorted_ids != nullptr) args_.sorted_ids[place[i]] = id[i];
+      if (args_.sorted_ids != nullptr) args_.sorted_ids[place[i]] = ids_[pair];
     }
   }
 
-  // To ranks among the warp's pairs of a bucket.
-  __device__ void AddBegins(const int32_t (&id)[kBatch], int (&rank)[kBatch]) const {
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (begin_ + 32 * i >= end_) break;
-      rank[i] += counts_[warp_ * buckets_ + Bucket(id[i])];
-    }
-  }
-
+  // Every id is read again.
   __device__ void Scatter() const {
     for (int base = begin_; base < end_; base += 32 * kBatch) {
-      int32_t id[kBatch];
-      int place[kBatch];
-      LoadIds(base, id);
-      Place(base, id, place);
-      Write(base, id, place);
+      int bucket[kBatch], place[kBatch];
+      Load(base, bucket);
+      Place(base, bucket, place);
+      Write(base, place);
     }
   }
 
@@ -292,7 +306,8 @@ class SortBlock {
   const int32_t* ids_;
   const int pairs_, buckets_, blocks_, warps_, warp_, lane_;
   const Divisor by_tile_tokens_;
-  int begin_, end_;  // the warp's pairs
+  int begin_, end_;    // the warp's pairs
+  int bits_;           // of a bucket
   int32_t* counts_;    // [warps, buckets]: the pairs of every bucket
   int32_t* received_;  // [blocks, buckets]: the same of the cluster's blocks
 };
