@@ -98,8 +98,9 @@ cudaError_t LaunchTiledFew(const TiledKernels& kernels, TiledFewArgs args, cudaS
   const int warps = (steps + steps_a_warp - 1) / steps_a_warp;
   // Exact, for pairs are below 32 and so is what divides them.
   args.inverse_pairs_a_row = static_cast<uint32_t>((65536 + args.pairs_a_row - 1) / args.pairs_a_row);
-  // For a tile of every pair: there may be as many.
-  const dim3 grid(static_cast<unsigned>(args.rows / 16), static_cast<unsigned>(args.pairs));
+  // As many tiles as there can be.
+  const int tiles = args.experts == 1 ? (args.pairs + 1) / 2 : args.pairs;
+  const dim3 grid(static_cast<unsigned>(args.rows / 16), static_cast<unsigned>(tiles));
   void* parameters[] = {&args};
   return cudaLaunchKernel(kernels.few, grid, dim3(32 * warps), parameters,
                           static_cast<size_t>(warps * kernels.few_warp_bytes), stream);

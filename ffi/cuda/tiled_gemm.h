@@ -93,7 +93,7 @@ struct TiledFewArgs {
   int32_t pairs_a_row;
   uint32_t inverse_pairs_a_row;  // 2^16 over it, rounded up: LaunchTiledFew's affair
   const int32_t* expert_ids;     // [pairs]
-  const int32_t* entries;        // [pairs], as of Lists
+  const int32_t* entries;        // [pairs], as of Lists, but never null
   int32_t pairs, experts;
   const float* pair_weight;  // null: 1
   void* y;                   // [pairs, rows]

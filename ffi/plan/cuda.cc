@@ -107,12 +107,13 @@ CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, 
 
 bool UsesCudaTiledFew(Variant variant, int64_t pairs, int64_t experts, int64_t rows,
                       int64_t columns) {
-  // Products of 16 rows and 256 columns. With one token the kernel for 8 tokens draws level at 28
-  // thousand of them.
-  constexpr int64_t kMostProducts = 8192;
-  const int64_t tiles = experts == 1 ? 1 : pairs;
-  return variant != Variant::kScalarGguf && pairs <= std::min(kCudaFewPairs, 2 * experts) &&
-         tiles * (rows / 16) * ((columns + 255) / 256) <= kMostProducts && columns > 0;
+  // Up to two tiles of an only expert: the second one's weights come from the L2.
+  const int64_t tiles = experts == 1 ? (pairs + 1) / 2 : pairs;
+  // Products of 16 rows and 256 columns, where the kernel for 8 tokens draws level.
+  const int64_t most_products = tiles == 1 ? 12288 : 6144;
+  return variant != Variant::kScalarGguf &&
+         pairs <= std::min(kCudaFewPairs, std::max<int64_t>(4, 2 * experts)) &&
+         tiles * (rows / 16) * ((columns + 255) / 256) <= most_products && columns > 0;
 }
 
 bool FindsCudaTiles(int64_t pairs, CudaTiledTile tile) {
