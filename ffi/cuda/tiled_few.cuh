@@ -23,6 +23,7 @@ struct TiledFewShape {
   struct alignas(16) Memory {
     half x[kTokens][kStep];  // scaled, in the order of StepOfTwo
     uint4 zeros;
+    float unit_sums[kTokens][kStep / 16];  // of x as it is multiplied, over each group of the units
     float sums[kTokens][kRows];
     LayerTiles::Table tiles;
     int32_t ids[LayerTiles::kPairs], entries[LayerTiles::kPairs];  // of an only expert
@@ -35,15 +36,27 @@ __device__ __forceinline__ int FindFewId(const TiledFewArgs& args, int id, int e
   return threadIdx.x % 32 < args.pairs ? id : -1;
 }
 
-// A lane's eight columns of a row to where products read them. Returns what undoes the scaling, a
-// power of two for the warp's 256 columns.
-__device__ __forceinline__ float PrepareStep(const EightBits& bits, Element type, half* to) {
+// A lane's eight columns of a row to where products read them, and the sums that offsets are
+// multiplied by, if there are offsets: these are a few additions here, but as many products as the
+// weights' where they are used. Returns what undoes the scaling, a power of two for the warp's 256
+// columns.
+template <typename Format>
+__device__ __forceinline__ float PrepareStep(const EightBits& bits, Element type, half* to,
+                                             float* sums) {
+  const int lane = threadIdx.x % 32;
   Group group;
   ToFloats(bits, type, group.v);
   const int exponent = ExponentOfBits(__reduce_max_sync(0xffffffffu, group.MaxBits()));
   const uint4 packed = PackGroup(group, PowerOfTwo(exponent));
-  reinterpret_cast<uint4*>(to)[PlaceOfGroup(threadIdx.x % 32)] = {packed.x, packed.z, packed.y,
-                                                                  packed.w};
+  reinterpret_cast<uint4*>(to)[PlaceOfGroup(lane)] = {packed.x, packed.z, packed.y, packed.w};
+  if constexpr (Format::kHasOffset) {
+    constexpr int kLanes = 4 / ExactUnit<Format>::kGroups;
+    float sum = SumHalves(packed.x) + SumHalves(packed.y) + SumHalves(packed.z) +
+                SumHalves(packed.w);
+#pragma unroll
+    for (int d = 1; d < kLanes; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    if (lane % kLanes == 0) sums[lane / kLanes] = sum * (1 / kExactUnitScale<Format>);
+  }
   return PowerOfTwo(-exponent);
 }
 
@@ -112,7 +125,9 @@ __global__ void __launch_bounds__(32 * kMostFewWarps, FieldsOf<Format>::kWords >
     float scale[kTokens] = {};
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      if (i == 0 || both) scale[i] = PrepareStep(bits[i], args.x_type, own.x[i]);
+      if (i == 0 || both) {
+        scale[i] = PrepareStep<Format>(bits[i], args.x_type, own.x[i], own.unit_sums[i]);
+      }
     }
     __syncwarp();
     float total[4] = {};
@@ -124,7 +139,14 @@ __global__ void __launch_bounds__(32 * kMostFewWarps, FieldsOf<Format>::kWords >
       for (int i = 0; i < 4; ++i) {
         LoadWords<4>(reinterpret_cast<const uint8_t*>(x + (4 * c + i) * x_stride), v + 4 * i);
       }
-      units[c].Multiply(c, left, v, total);
+      constexpr int kGroups = ExactUnit<Format>::kGroups;
+      float sums[kGroups][kTokens];  // gone where there are no offsets
+#pragma unroll
+      for (int i = 0; i < kGroups * kTokens; ++i) {
+        sums[i / kTokens][i % kTokens] =
+            own.unit_sums[i % kTokens][(4 * c + lane % 4) * kGroups + i / kTokens];
+      }
+      units[c].Multiply(c, left, v, total, sums);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
