@@ -65,17 +65,28 @@ cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t 
   const int64_t rows = args.activate && kernel.pads_rows ? args.y_pitch : args.rows;
   int64_t blocks = (rows + block_rows - 1) / block_rows;
   if (blocks == 0 || args.lists.max_tiles == 0) return cudaSuccess;
+  int64_t splits = 1;
   if (kernel.places > 0) {
-    const int64_t panels = plan::ChooseCudaTiledPanels(
-        blocks, args.columns, args.lists.max_tiles, int64_t{kernel.places} * Multiprocessors());
+    const int64_t multiprocessors = Multiprocessors(), places = kernel.places;
+    const int64_t panels = plan::ChooseCudaTiledPanels(blocks, args.columns, args.lists.max_tiles,
+                                                       places * multiprocessors);
+    // Whole atoms of two chunks, and some for every block.
+    const int64_t atoms = (args.columns + 255) / 256;
+    if (panels == 1) {
+      splits = plan::ChooseCudaTiledSplits(blocks * args.lists.likely_tiles, atoms, places,
+                                           multiprocessors, kernel.most_splits);
+    }
+    const int64_t block_atoms = (atoms + splits - 1) / splits;
+    splits = (atoms + block_atoms - 1) / block_atoms;
     args.panels = static_cast<int32_t>(panels);
     args.all_panels = static_cast<int32_t>(blocks);
-    blocks = (blocks + panels - 1) / panels;
+    args.split_chunks = static_cast<int32_t>(2 * block_atoms);
+    blocks = (blocks + panels - 1) / panels * splits;
   }
   const std::optional<dim3> grid = TileGrid(blocks, args.lists.max_tiles);
   if (!grid) return cudaErrorInvalidConfiguration;
   void* parameters[] = {&args};
-  return Launch(kernel, *grid, parameters, stream);
+  return Launch(kernel, *grid, parameters, stream, static_cast<int>(splits));
 }
 
 cudaError_t LaunchTiledDown(const TiledKernels& kernels, TiledDownArgs args, cudaStream_t stream) {
