@@ -3,7 +3,7 @@
 # make test-gpu                 the tests that need an NVIDIA GPU (JAX_MOE_CUDA=ON builds for it)
 # make lint                     formatting, lint and types
 # make sanitize                 the C++ side under AddressSanitizer and UndefinedBehaviorSanitizer
-# make cuda                     compile the CUDA kernels, with or without a GPU
+# make cuda                     see that the CUDA kernels compile, quickly, so that most are not optimised
 # make bench                    CPU speed against ggml
 # make test-llamacpp            blocks and whole models against llama.cpp (builds llama-cpp-python once)
 

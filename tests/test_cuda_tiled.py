@@ -336,6 +336,10 @@ def test_preferred_element_type(y_dtype):
 @pytest.mark.parametrize("name", ("Q4_K", "Q6_K", "MXFP4"))
 @pytest.mark.parametrize("y_dtype", ("float32", "bfloat16"))
 def test_panels(name, y_dtype, shape):
+    check_gemm_of_many_tokens(name, y_dtype, shape)
+
+
+def check_gemm_of_many_tokens(name, y_dtype, shape):
     tokens, experts, top_k, n, k = shape
     weight, exact = random_weights(name, experts, n, k)
     rng = np.random.default_rng(5)
@@ -345,6 +349,22 @@ def test_panels(name, y_dtype, shape):
     options = {"top_k": top_k, "preferred_element_type": jnp.dtype(y_dtype)}
     (y,) = run_twice(lambda *a: [gemm(*a, **options)], x, weight.prepack(), *ids)
     assert_close(y, expected_gemm(x, exact, *ids, top_k), cases.bound(y_dtype))
+
+
+# So few blocks that clusters of them share the columns, of 12 and 16 steps; one tile and several.
+@pytest.mark.parametrize("shape", ((20, 1, 1, 208, 3072), (150, 3, 1, 384, 4096)))
+@pytest.mark.parametrize("name", ("Q4_K", "Q6_K", "MXFP4", "Q4_0"))
+@pytest.mark.parametrize("y_dtype", ("float32", "bfloat16"))
+def test_columns_of_several_blocks(name, y_dtype, shape):
+    check_gemm_of_many_tokens(name, y_dtype, shape)
+
+
+# A last step that is not whole; tiles of 64 tokens.
+@pytest.mark.parametrize(
+    "name, shape", (("MXFP4", (40, 2, 1, 160, 2880)), ("Q4_K", (800, 20, 1, 512, 4096)))
+)
+def test_other_columns_of_several_blocks(name, shape):
+    check_gemm_of_many_tokens(name, "float32", shape)
 
 
 def test_no_tokens():
@@ -442,6 +462,13 @@ def test_ffn(name, dtype, variant):
 )
 def test_ffn_in_panels(name, shape):
     """As test_panels, with an activation."""
+    check_ffn(tiled([ffn_problem((name,) * 3, shape, "float16")]), ffn_bound("float16"))
+
+
+@pytest.mark.parametrize("name", ("Q4_K", "Q6_K", "MXFP4", "Q4_0"))
+def test_ffn_with_columns_of_several_blocks(name):
+    """As test_columns_of_several_blocks, with an activation."""
+    shape = (40, 4, 2, 2048, 1024)
     check_ffn(tiled([ffn_problem((name,) * 3, shape, "float16")]), ffn_bound("float16"))
 
 

@@ -112,11 +112,14 @@ def test_tiled_weights_on_cuda(tokens, experts, kernel, tile):
     [
         (1, 1, 256, None, "cuda_tiled_few", (16, 2)),
         (2, 1, 256, None, "cuda_tiled_few", (16, 2)),
-        (3, 1, 256, None, "cuda_tiled_mma", (16, 8)),
+        (4, 1, 256, None, "cuda_tiled_few", (16, 2)),
+        (5, 1, 256, None, "cuda_tiled_mma", (16, 8)),
         (32, 64, 256, None, "cuda_tiled_few", (16, 2)),
         (33, 64, 256, None, "cuda_tiled_mma", (16, 8)),
-        (1, 1, 131072, None, "cuda_tiled_few", (16, 2)),
-        (1, 1, 131088, None, "cuda_tiled_mma", (16, 8)),
+        (2, 1, 196608, None, "cuda_tiled_few", (16, 2)),
+        (2, 1, 196624, None, "cuda_tiled_mma", (16, 8)),
+        (3, 1, 49152, None, "cuda_tiled_few", (16, 2)),
+        (3, 1, 49168, None, "cuda_tiled_mma", (16, 8)),
         (1, 1, 256, MoEVariant.SCALAR_GGUF, "cuda_tiled_mma", (16, 8)),
     ],
 )

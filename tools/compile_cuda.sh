@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Compiles the CUDA module with the nvcc on the PATH, or else with PyPI's nvidia-cuda-nvcc.
+# Compiles the CUDA module with the nvcc on the PATH, or else with PyPI's nvidia-cuda-nvcc; quickly,
+# for a check, and so most of it unoptimised.
 # Usage: tools/compile_cuda.sh VENV_BIN
 set -euo pipefail
 bin=$(cd "$1" && pwd)
@@ -11,6 +12,8 @@ if ! command -v nvcc >/dev/null; then
   export PATH="$cuda/bin:$PATH" LIBRARY_PATH="$cuda/lib${LIBRARY_PATH:+:$LIBRARY_PATH}"
 fi
 nvcc --version | tail -n 2
-cmake -S . -B build/cuda -DJAX_MOE_CUDA=ON -DPython_EXECUTABLE="$bin/python" \
+cmake -S . -B build/cuda -DJAX_MOE_CUDA=ON -DJAX_MOE_CUDA_CHECK=ON -DPython_EXECUTABLE="$bin/python" \
   -Dnanobind_ROOT="$("$bin/python" -m nanobind --cmake_dir)"
-time cmake --build build/cuda --target _cuda
+# Of unoptimised kernels ptxas has much to say that is not so of optimised ones.
+time cmake --build build/cuda --target _cuda 2>&1 |
+  grep -vP 'ptxas info +: \(C75\d\d\)(?!.*FP4)'

@@ -46,7 +46,7 @@ const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile t
 }
 
 Lists FewLists(const int32_t* expert_ids, const int32_t* entries, int64_t pairs, int32_t experts) {
-  return {nullptr, nullptr, nullptr, pairs, expert_ids, entries, experts};
+  return {nullptr, nullptr, nullptr, pairs, pairs, expert_ids, entries, experts};
 }
 
 Layout TiledLayout(plan::CudaTiledTile tile) {

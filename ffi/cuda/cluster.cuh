@@ -20,6 +20,13 @@ __device__ __forceinline__ int ClusterRank() {
   return rank;
 }
 
+// This cluster's place in the grid, whose clusters lie along x.
+__device__ __forceinline__ int ClusterIndex() {
+  int index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+}
+
 // Every thread of the cluster arrives, and later waits for all others to have arrived: what was written to
 // shared memory before is there then.
 __device__ __forceinline__ void ArriveInCluster() {
@@ -76,6 +83,7 @@ __device__ __forceinline__ void ArriveInBlock(uint64_t* barrier, int rank) {
 
 __device__ __forceinline__ int ClusterSize() { return 1; }
 __device__ __forceinline__ int ClusterRank() { return 0; }
+__device__ __forceinline__ int ClusterIndex() { return blockIdx.x; }
 __device__ __forceinline__ void ArriveInCluster() { __syncthreads(); }
 __device__ __forceinline__ void WaitInCluster() {}
 __device__ __forceinline__ void StoreToCluster(float* shared, int, float value) { *shared = value; }

@@ -208,7 +208,8 @@ class Products {
 
   Lists CurrentLists() const {
     return {ffn_.Ints(ffn_.layout.pairs), ffn_.Tiles(), ffn_.Ints(ffn_.layout.num_tiles),
-            MaxTiles(ffn_.pairs, ffn_.experts, tile_tokens_, EvenTiles(tile_tokens_))};
+            MaxTiles(ffn_.pairs, ffn_.experts, tile_tokens_, EvenTiles(tile_tokens_)),
+            plan::LikelyCudaTiles(ffn_.pairs, ffn_.experts, tile_tokens_)};
   }
 
   // y: float32, or float16 that y_scales undo the scaling of.

@@ -27,12 +27,13 @@ struct TokenTile {
 
 inline constexpr int kFewPairs = plan::kCudaFewPairs;
 
-// Who goes where, built on the device (dispatch.cu). The host knows upper bounds only.
+// Who goes where, built on the device (dispatch.cu). The host knows upper bounds only, and how many tiles
+// there are if all experts have the same number of pairs.
 struct Lists {
   const int32_t* pairs;  // pair ids, ascending by expert
   const TokenTile* tiles;
   const int32_t* num_tiles;
-  int64_t max_tiles;
+  int64_t max_tiles, likely_tiles;
   // Tiled narrow kernels, up to kFewPairs: the ids in place of the above, max_tiles of them, and the
   // pairs that they are of (null: each pair's own id).
   const int32_t* expert_ids = nullptr;

@@ -88,7 +88,8 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
   if (status != cudaSuccess) return CudaError(kOp, status);
   const Lists lists = few ? FewLists(call.flat_expert_ids, call.sorted_token_ids, pairs, experts)
                           : Lists{ints(layout.pairs), tiles, ints(layout.num_tiles),
-                                  MaxTiles(pairs, weight.experts, tile_tokens, dense_wide)};
+                                  MaxTiles(pairs, weight.experts, tile_tokens, dense_wide),
+                                  plan::LikelyCudaTiles(pairs, weight.experts, tile_tokens)};
   if (weight.tiled) {
     TiledArgs args = TiledProduct(weight, ViewPrepared(prepared), rows_are_pairs ? 1 : top_k, lists);
     args.pair_weight = call.topk_weights;

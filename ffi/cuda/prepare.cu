@@ -12,23 +12,14 @@
 namespace jax_moe::cuda {
 namespace {
 
-// The largest magnitude of a row, NaN where it holds one.
+// Of a row's largest magnitude; value: that of this thread.
 template <int kThreads>
-__device__ float RowMax(float value) {
-  __shared__ float warp_max[kThreads / 32];
-  for (int d = 16; d > 0; d /= 2) value = MaxWithNan(value, __shfl_xor_sync(0xffffffffu, value, d));
+__device__ uint32_t RowMaxBits(uint32_t value) {
+  __shared__ uint32_t warp_max[kThreads / 32];
+  value = __reduce_max_sync(0xffffffffu, value);
   if (threadIdx.x % 32 == 0) warp_max[threadIdx.x / 32] = value;
   __syncthreads();
-  value = warp_max[0];
-  for (int w = 1; w < kThreads / 32; ++w) value = MaxWithNan(value, warp_max[w]);
-  return value;
-}
-
-// The power of two that brings `max` to 2^14 .. 2^15. It and its inverse are normal float32. Rows
-// that are not finite stay as they are, so that it shows in the result.
-__device__ int RowExponent(float max) {
-  if (!(max < INFINITY) || max == 0) return 0;
-  return min(14 - ilogbf(max), 126);
+  return __reduce_max_sync(0xffffffffu, warp_max[threadIdx.x % (kThreads / 32)]);
 }
 
 // A row in one of the tiled layouts, whose rows have a norm. Warps measure their columns with
@@ -41,28 +32,19 @@ __device__ __forceinline__ void PrepareTiledRow(const Rows& rows, const Activati
   __shared__ uint2 measured[kWarps];  // the bits of a warp's maximum and of its sum of squares
   const int groups = static_cast<int>(to.pitch / 8), lane = threadIdx.x % 32;
   const auto load = [&](int index) {
-    Group group = {};
+    Group group;
+    group.index = index;
+    group.inside = true;
     group.layout = layout;
-    if (8 * index < columns) {  // rows are whole units of 32 columns
-      const Four low = rows.At4(row, 8 * index), high = rows.At4(row, 8 * index + 4);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) group.v[i] = low.v[i], group.v[4 + i] = high.v[i];
-    }
+    group.LoadFours(rows, row, columns);
     if (rounds) group.RoundToQ8();
     return group;
   };
-  // Magnitudes are in the order of their bits, and NaN is the largest.
-  const auto largest = [](const Group& group) {
-    uint32_t max = 0;
-#pragma unroll
-    for (const float x : group.v) max = ::max(max, __float_as_uint(x) & 0x7fffffffu);
-    return max;
-  };
   // The first group stays in registers. Lanes exchange values, so whole warps take part.
   const Group first = load(threadIdx.x);
-  uint32_t max = largest(first);
+  uint32_t max = first.MaxBits();
   for (int base = kThreads; base < groups; base += kThreads) {
-    max = ::max(max, largest(load(base + threadIdx.x)));
+    max = ::max(max, load(base + threadIdx.x).MaxBits());
   }
   max = __reduce_max_sync(0xffffffffu, max);
   const float own_factor = PowerOfTwo(ExponentOfBits(max));
@@ -100,15 +82,15 @@ __device__ __forceinline__ void PrepareTiledRow(const Rows& rows, const Activati
 // By one block. Few rows are a matter of latency: with a thread for every group nothing is loaded twice.
 template <int kThreads, typename Rows>
 __device__ __forceinline__ void PrepareRow(const Rows& rows, const Activations& to, Layout layout,
-                                           int64_t columns, bool rounds, int64_t row) {
+                                           int columns, bool rounds, int64_t row) {
   if (!rows.Has(row)) return;
   if (IsTiled(layout)) {
-    PrepareTiledRow<kThreads>(rows, to, layout, static_cast<int>(columns), rounds, row);
+    PrepareTiledRow<kThreads>(rows, to, layout, columns, rounds, row);
     return;
   }
   const bool scaled = layout == Layout::kF16Lanes || layout == Layout::kF16;
-  const int64_t groups = to.pitch / 8;
-  const auto load = [&](int64_t base) {
+  const int groups = static_cast<int>(to.pitch / 8);
+  const auto load = [&](int base) {
     Group group;
     group.index = base + threadIdx.x;
     group.inside = group.index < groups;
@@ -121,13 +103,13 @@ __device__ __forceinline__ void PrepareRow(const Rows& rows, const Activations& 
 
   float factor = 1;
   if (scaled) {
-    float max = first.Max();
-    for (int64_t base = kThreads; base < groups; base += kThreads) {
-      max = MaxWithNan(load(base).Max(), max);
+    uint32_t max = first.MaxBits();
+    for (int base = kThreads; base < groups; base += kThreads) {
+      max = ::max(max, load(base).MaxBits());
     }
-    const int exponent = RowExponent(RowMax<kThreads>(max));
-    factor = ldexpf(1.0f, exponent);
-    if (threadIdx.x == 0) const_cast<float*>(to.scales)[row] = ldexpf(1.0f, -exponent);
+    const int exponent = ExponentOfBits(RowMaxBits<kThreads>(max));
+    factor = PowerOfTwo(exponent);
+    if (threadIdx.x == 0) const_cast<float*>(to.scales)[row] = PowerOfTwo(-exponent);
   }
   const int64_t scales_a_row = layout == Layout::kS8Lanes ? to.pitch / 32 : 0;
   const OutRow out = {
@@ -136,7 +118,7 @@ __device__ __forceinline__ void PrepareRow(const Rows& rows, const Activations& 
       const_cast<float*>(to.scales) + row * scales_a_row,
       const_cast<uint32_t*>(to.sums) + row * (to.pitch / 16)};
   // Quads exchange sums, so whole warps take part.
-  for (int64_t base = 0; base < groups; base += kThreads) {
+  for (int base = 0; base < groups; base += kThreads) {
     Write(out, base == 0 ? first : load(base), factor);
   }
 }
@@ -157,7 +139,7 @@ template <int kThreads, typename Rows>
 __global__ void __launch_bounds__(kThreads, kThreads == 256 ? 5 : 1)
     SortAndPrepare(const __grid_constant__ SortArgs sort, int sort_blocks,
                    const __grid_constant__ Rows rows, Activations to, Layout layout,
-                   int64_t number, int64_t columns, bool rounds) {
+                   int64_t number, int columns, bool rounds) {
   extern __shared__ int32_t counts[];
   const int block = static_cast<int>(blockIdx.x);
   if (block < sort_blocks) {
@@ -213,7 +195,7 @@ template <int kThreads, typename Rows>
 __global__ void __launch_bounds__(kThreads)
     PrepareGemm(const __grid_constant__ PairArgs pairs, const __grid_constant__ SortArgs sort,
                 int sort_blocks, const __grid_constant__ Rows rows, Activations to, Layout layout,
-                int64_t columns, bool rounds) {
+                int columns, bool rounds) {
   extern __shared__ int32_t counts[];
   WaitForEarlierKernels();
   LetNextKernelStart();
@@ -238,7 +220,7 @@ __global__ void __launch_bounds__(kThreads)
 template <int kThreads, typename Rows>
 cudaError_t LaunchRows(const Rows& rows, const PreparedRows& to, cudaStream_t stream) {
   return LaunchEarly(Prepare<kThreads, Rows>, static_cast<unsigned>(to.rows), kThreads, 0, stream,
-                     rows, ViewPrepared(to), to.layout, to.columns, to.rounds);
+                     rows, ViewPrepared(to), to.layout, static_cast<int>(to.columns), to.rounds);
 }
 
 template <int kThreads, typename Rows>
@@ -248,7 +230,8 @@ cudaError_t LaunchSortAndRows(const SortArgs& sort, const Rows& rows, const Prep
   const int64_t blocks = cluster + (to.rows + cluster - 1) / cluster * cluster;
   return LaunchClusters(SortAndPrepare<kThreads, Rows>, cluster, static_cast<unsigned>(blocks),
                         kThreads, SortSharedBytes(sort, cluster), stream, sort, cluster, rows,
-                        ViewPrepared(to), to.layout, to.rows, to.columns, to.rounds);
+                        ViewPrepared(to), to.layout, to.rows, static_cast<int>(to.columns),
+                        to.rounds);
 }
 
 // f(rows, the number of threads) for an array of rows.
@@ -292,7 +275,7 @@ cudaError_t LaunchPrepareGemm(const PairArgs& pairs, const SortArgs& sort, bool 
     return LaunchEarly(PrepareGemm<kThreads, decltype(rows)>,
                        static_cast<unsigned>(sort_blocks + sort.pairs + to.rows), kThreads,
                        sorts ? SortSharedBytes(sort, 1) : 0, stream, pairs, sort, sort_blocks, rows,
-                       ViewPrepared(to), to.layout, to.columns, to.rounds);
+                       ViewPrepared(to), to.layout, static_cast<int>(to.columns), to.rounds);
   });
 }
 

@@ -8,50 +8,61 @@
 #include "ffi/cuda/prepare.h"
 #include "ffi/cuda/row_sources.cuh"
 #include "ffi/cuda/split.cuh"
+#include "ffi/cuda/store.cuh"
 
 namespace jax_moe::cuda {
-
-__device__ __forceinline__ float MaxWithNan(float a, float b) { return a > b || a != a ? a : b; }
 
 // Eight values of a row. In lane order, lane t of a quad has columns 4t .. 4t + 3 and
 // 16 + 4t .. 16 + 4t + 3 of every 32; in the other layouts eight consecutive columns are read.
 struct Group {
-  int64_t index;
+  int index;  // rows have no more than 2^30 columns
   bool inside;  // false: past the end of the row; takes part in exchanges only
   Layout layout;
   float v[8];
 
   // The columns of v[0 .. 3] and v[4 .. 7] begin here.
-  __device__ int64_t Column(int half) const {
+  __device__ int Column(int half) const {
     if (layout != Layout::kF16Lanes && layout != Layout::kS8Lanes) return index * 8 + half * 4;
     return index / 4 * 32 + index % 4 * 4 + half * 16;
   }
+  // Of a row with a multiple of 4 columns.
   template <typename Rows>
-  __device__ void Load(const Rows& rows, int64_t row, int64_t columns) {
+  __device__ __forceinline__ void LoadFours(const Rows& rows, int64_t row, int columns) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t column = Column(half);
+      const int column = Column(half);
       Four four = {};
-      if (inside && columns % 4 == 0) {
-        if (column < columns) four = rows.At4(row, column);
-      } else if (inside) {
-        for (int i = 0; i < 4; ++i)
-          four.v[i] = column + i < columns ? rows.At(row, column + i) : 0.0f;
-      }
+      if (inside && column < columns) four = rows.At4(row, column);
 #pragma unroll
       for (int i = 0; i < 4; ++i) v[4 * half + i] = four.v[i];
     }
   }
-  __device__ float Max() const {
-    float max = 0;
-    for (const float x : v) max = MaxWithNan(fabsf(x), max);
+  template <typename Rows>
+  __device__ void Load(const Rows& rows, int64_t row, int columns) {
+    if (columns % 4 == 0) return LoadFours(rows, row, columns);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int column = Column(i / 4) + i % 4;
+      v[i] = inside && column < columns ? rows.At(row, column) : 0.0f;
+    }
+  }
+  // The largest magnitude's bits, which are in the order of magnitudes; NaN is the largest.
+  __device__ __forceinline__ uint32_t MaxBits() const {
+    uint32_t max = 0;
+#pragma unroll
+    for (const float x : v) max = ::max(max, __float_as_uint(x) & 0x7fffffffu);
     return max;
+  }
+  // Of the 32 columns that a quad has.
+  __device__ __forceinline__ float QuadMax() const {
+    uint32_t max = MaxBits();
+#pragma unroll
+    for (int d = 1; d < 4; d *= 2) max = ::max(max, __shfl_xor_sync(0xffffffffu, max, d));
+    return __uint_as_float(max);
   }
   // In the tiled layouts: every 32 columns to multiples of a 127th of their largest magnitude.
   __device__ void RoundToQ8() {
-    float max = Max();
-    for (int d = 1; d < 4; d *= 2) max = MaxWithNan(__shfl_xor_sync(0xffffffffu, max, d), max);
-    const float scale = max / 127.0f;
+    const float scale = QuadMax() / 127.0f;
     if (!(scale > 0 && scale < INFINITY)) return;
     for (float& x : v) x = roundf(x / scale) * scale;
   }
@@ -62,11 +73,6 @@ struct Group {
     return sum;
   }
 };
-
-__device__ __forceinline__ uint32_t PackHalves(float a, float b) {
-  const half2 h = __floats2half2_rn(a, b);
-  return *reinterpret_cast<const uint32_t*>(&h);
-}
 
 __device__ __forceinline__ float SumHalves(uint32_t packed) {
   const float2 f = __half22float2(*reinterpret_cast<const half2*>(&packed));
@@ -110,9 +116,10 @@ __device__ __forceinline__ uint4 TransposeUnits(uint4 own) {
 }
 
 __device__ __forceinline__ uint4 PackGroup(const Group& group, float factor) {
-  const float (&v)[8] = group.v;
-  return {PackHalves(v[0] * factor, v[1] * factor), PackHalves(v[2] * factor, v[3] * factor),
-          PackHalves(v[4] * factor, v[5] * factor), PackHalves(v[6] * factor, v[7] * factor)};
+  const auto pack = [&](int i) {
+    return PackTwo<half2>(group.v[i] * factor, group.v[i + 1] * factor);
+  };
+  return {pack(0), pack(2), pack(4), pack(6)};
 }
 
 // In the tiled layouts, whose chunks are 16 groups, what is written in place of a group, and where:
@@ -143,9 +150,7 @@ __device__ __forceinline__ void WriteHalves(const OutRow& out, const Group& grou
 
 // q8_1: d = max / 127 over 32 columns, q = x / d rounded half away from zero.
 __device__ __forceinline__ void WriteS8(const OutRow& out, const Group& group) {
-  float max = group.Max();
-  for (int d = 1; d < 4; d *= 2) max = MaxWithNan(__shfl_xor_sync(0xffffffffu, max, d), max);
-  const float scale = max / 127.0f;
+  const float scale = group.QuadMax() / 127.0f;
   uint32_t words[2] = {};
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -168,8 +173,7 @@ __device__ __forceinline__ void SplitBytes(int x, int (&bytes)[3]) {
 }
 
 __device__ __forceinline__ void WritePlanes(const OutRow& out, const Group& group) {
-  float max = group.Max();
-  for (int d = 1; d < 4; d *= 2) max = MaxWithNan(__shfl_xor_sync(0xffffffffu, max, d), max);
+  const float max = group.QuadMax();
   // Brings the largest magnitude to 2^21 .. 2^22; not finite: the scale tells.
   const bool finite = max < INFINITY;
   const int exponent = finite && max > 0 ? min(21 - ilogbf(max), 126) : 0;

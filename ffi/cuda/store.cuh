@@ -45,14 +45,12 @@ __device__ __forceinline__ void StoreColumns(void* y, int64_t index, Element typ
     if (type == Element::kF16) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const half2 two = __floats2half2_rn(value[2 * i], value[2 * i + 1]);
-        words[i] = *reinterpret_cast<const uint32_t*>(&two);
+        words[i] = PackTwo<half2>(value[2 * i], value[2 * i + 1]);
       }
     } else if (type == Element::kBF16) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const __nv_bfloat162 two = __floats2bfloat162_rn(value[2 * i], value[2 * i + 1]);
-        words[i] = *reinterpret_cast<const uint32_t*>(&two);
+        words[i] = PackTwo<__nv_bfloat162>(value[2 * i], value[2 * i + 1]);
       }
     } else {
       auto* to = reinterpret_cast<float4*>(static_cast<float*>(y) + index);

@@ -6,8 +6,10 @@
 // so that nobody waits for a whole row. The block's warps meet once, to add their sums in order.
 #pragma once
 
+#include "ffi/cuda/eight.cuh"
 #include "ffi/cuda/few_tiles.cuh"
 #include "ffi/cuda/layer_tiles.cuh"
+#include "ffi/cuda/ptx.cuh"
 #include "ffi/cuda/row_layouts.cuh"
 #include "ffi/cuda/store.cuh"
 #include "ffi/cuda/tiled_gemm.h"
@@ -21,63 +23,40 @@ struct TiledFewShape {
   struct alignas(16) Memory {
     half x[kTokens][kStep];  // scaled, in the order of StepOfTwo
     uint4 zeros;
+    float unit_sums[kTokens][kStep / 16];  // of x as it is multiplied, over each group of the units
     float sums[kTokens][kRows];
     LayerTiles::Table tiles;
+    int32_t ids[LayerTiles::kPairs], entries[LayerTiles::kPairs];  // of an only expert
   };
 };
 
-// Eight consecutive values from a multiple of 8 on.
-__device__ __forceinline__ void LoadEight(const void* x, Element type, int64_t index,
-                                          float (&to)[8]) {
-  const auto load = [&](const auto* from) {
-    const Four low = Load4(from + index), high = Load4(from + index + 4);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = low.v[i], to[4 + i] = high.v[i];
-  };
-  switch (type) {
-    case Element::kF32:
-      return load(static_cast<const float*>(x));
-    case Element::kF16:
-      return load(static_cast<const half*>(x));
-    case Element::kBF16:
-      return load(static_cast<const __nv_bfloat16*>(x));
-  }
+// The expert of pair lane. Entries may name pairs that do not exist.
+__device__ __forceinline__ int FindFewId(const TiledFewArgs& args, int id, int entry) {
+  id = OfLastEntry(id, entry, args.pairs);
+  return threadIdx.x % 32 < args.pairs ? id : -1;
 }
 
-// The expert of this block's tile, and how many tokens it has: none if there is no such tile. id and
-// entry: of entry lane.
-__device__ __forceinline__ int FindFewTile(const TiledFewArgs& args, int id, int entry,
-                                           LayerTiles::Table& table, int& count) {
-  if (args.pairs == 1) {  // of a decoded token: the least that has to be done
-    id = __shfl_sync(0xffffffffu, entry == 0 ? id : -1, 0);
-    count = id >= 0 && id < args.experts ? 1 : 0;
-    table.pair[0] = 0;
-    table.place[0] = count > 0 ? 0 : LayerTiles::kNone;
-    __syncwarp();
-    return id;
-  }
-  if (args.entries != nullptr) id = OfLastEntry(id, entry, args.pairs);
-  // Entries may name pairs that do not exist.
-  if (threadIdx.x % 32 >= args.pairs) id = -1;
-  const LayerTiles tiles(id, args.experts, /*log_tokens=*/1, table);
-  const int tile = blockIdx.y;
-  count = tile < tiles.Number() ? tiles.Count(tile) : 0;
-  return count > 0 ? tiles.Expert(tile) : -1;
-}
-
-// Eight columns of a row, those of this lane, from memory to where products read them. Returns what
-// undoes the scaling, a power of two for the warp's 256 columns.
-__device__ __forceinline__ float PrepareStep(const TiledFewArgs& args, int64_t row, int column,
-                                             half* to) {
-  Group group = {};
-  if (column < args.columns) LoadEight(args.x, args.x_type, row * args.columns + column, group.v);
-  uint32_t max = 0;
-#pragma unroll
-  for (const float v : group.v) max = ::max(max, __float_as_uint(v) & 0x7fffffffu);
-  const int exponent = ExponentOfBits(__reduce_max_sync(0xffffffffu, max));
+// A lane's eight columns of a row to where products read them, and the sums that offsets are
+// multiplied by, if there are offsets: these are a few additions here, but as many products as the
+// weights' where they are used. Returns what undoes the scaling, a power of two for the warp's 256
+// columns.
+template <typename Format>
+__device__ __forceinline__ float PrepareStep(const EightBits& bits, Element type, half* to,
+                                             float* sums) {
+  const int lane = threadIdx.x % 32;
+  Group group;
+  ToFloats(bits, type, group.v);
+  const int exponent = ExponentOfBits(__reduce_max_sync(0xffffffffu, group.MaxBits()));
   const uint4 packed = PackGroup(group, PowerOfTwo(exponent));
-  reinterpret_cast<uint4*>(to)[PlaceOfGroup(threadIdx.x % 32)] = {packed.x, packed.z, packed.y,
-                                                                  packed.w};
+  reinterpret_cast<uint4*>(to)[PlaceOfGroup(lane)] = {packed.x, packed.z, packed.y, packed.w};
+  if constexpr (Format::kHasOffset) {
+    constexpr int kLanes = 4 / ExactUnit<Format>::kGroups;
+    float sum = SumHalves(packed.x) + SumHalves(packed.y) + SumHalves(packed.z) +
+                SumHalves(packed.w);
+#pragma unroll
+    for (int d = 1; d < kLanes; d *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, d);
+    if (lane % kLanes == 0) sums[lane / kLanes] = sum * (1 / kExactUnitScale<Format>);
+  }
   return PowerOfTwo(-exponent);
 }
 
@@ -93,49 +72,62 @@ __global__ void __launch_bounds__(32 * kMostFewWarps, FieldsOf<Format>::kWords >
   auto* warps = reinterpret_cast<Shape::Memory*>(shared);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, number = blockDim.x / 32;
   const int band = blockIdx.x, tile = blockIdx.y;
-  const bool listed = lane < args.pairs;
-  const int id = listed ? args.expert_ids[lane] : -1;
-  const int entry = listed && args.entries != nullptr ? args.entries[lane] : lane;
-
   Shape::Memory& own = warps[warp];
+  const bool only = args.experts == 1;
+  const int tile_pair = kTokens * tile;
+  int expert = 0, count = min(kTokens, args.pairs - tile_pair);
+  if (only) {
+    // Its tiles are consecutive pairs, and who has no expert is not asked before the end.
+    if (warp == 0 && lane < args.pairs) {
+      CopyAsync4(&own.ids[lane], args.expert_ids + lane);
+      CopyAsync4(&own.entries[lane], args.entries + lane);
+    }
+  } else {
+    const bool listed = lane < args.pairs;
+    const int id = FindFewId(args, listed ? args.expert_ids[lane] : -1,
+                             listed ? args.entries[lane] : -1);
+    const LayerTiles tiles(id, args.experts, /*log_tokens=*/1, own.tiles);
+    if (warp == 0 && lane < kRows && tiles.Place(tile) == LayerTiles::kNone) {
+      Store(args.y, int64_t{tile} * args.rows + band * kRows + lane, args.y_type, 0.0f);
+    }
+    if (tile >= tiles.Number()) return;
+    expert = tiles.Expert(tile), count = tiles.Count(tile);
+  }
+  const auto pair_of = [&](int token) -> unsigned {
+    return only ? tile_pair + token : own.tiles.pair[tile_pair + token];
+  };
+  const bool both = count == kTokens;
   UnitsOfTwoRows<Format, kWhole> units[2];
   if (lane == 0) own.zeros = {};
   const half* x = reinterpret_cast<const half*>(&own.zeros);
-  const int x_stride = StepOfTwo::Has() ? 32 : 0;
+  int x_stride = 0;
+  if (StepOfTwo::Has()) {
+    x = own.x[both ? StepOfTwo::Token() : 0] + 8 * (lane % 4);
+    x_stride = 32;
+  }
   float sum[4] = {};
-  int count = 0;
-  // The weights of an only expert need not wait for the ids.
-  int expert = args.experts == 1 ? 0 : -1;
 #pragma unroll 1
-  for (int step = warp; step * kStep < args.columns;) {
+  for (int step = warp; step * kStep < args.columns; step += number) {
     const int left = args.columns - step * kStep;
-    if (expert >= 0) {
-      const uint8_t* weights = args.matrix.data + expert * args.matrix.expert_bytes +
-                               band * kRows * args.row_bytes + step * kStageBytes;
+    const uint8_t* weights = args.matrix.data + expert * args.matrix.expert_bytes +
+                             band * kRows * args.row_bytes + step * kStageBytes;
 #pragma unroll
-      for (int c = 0; c < 2; ++c) units[c].Load(weights, c, left);
-    }
-    if (count == 0) {
-      const int found = FindFewTile(args, id, entry, own.tiles, count);
-      if (warp == 0 && lane < kRows && own.tiles.place[tile] == LayerTiles::kNone) {
-        Store(args.y, int64_t{tile} * args.rows + band * kRows + lane, args.y_type, 0.0f);
-      }
-      if (count == 0) return;
-      if (StepOfTwo::Has()) {
-        x = own.x[StepOfTwo::Token() < count ? StepOfTwo::Token() : 0] + 8 * (lane % 4);
-      }
-      if (expert < 0) {
-        expert = found;
-        continue;
+    for (int c = 0; c < 2; ++c) units[c].Load(weights, c, left);
+    EightBits bits[kTokens] = {};
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if ((i == 0 || both) && (kWhole || 8 * lane < left)) {
+        const unsigned row = pair_of(i) * args.inverse_pairs_a_row >> 16;
+        bits[i] = LoadEight(args.x, args.x_type,
+                            int64_t{row} * args.columns + step * kStep + 8 * lane);
       }
     }
     float scale[kTokens] = {};
-#pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      const unsigned pair = own.tiles.pair[tile * kTokens + i];
-      const int row = static_cast<int>(pair * args.inverse_pairs_a_row >> 16);
-      const float found = PrepareStep(args, row, step * kStep + 8 * lane, own.x[i]);
-      (i == 0 ? scale[0] : scale[1]) = found;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (i == 0 || both) {
+        scale[i] = PrepareStep<Format>(bits[i], args.x_type, own.x[i], own.unit_sums[i]);
+      }
     }
     __syncwarp();
     float total[4] = {};
@@ -147,24 +139,38 @@ __global__ void __launch_bounds__(32 * kMostFewWarps, FieldsOf<Format>::kWords >
       for (int i = 0; i < 4; ++i) {
         LoadWords<4>(reinterpret_cast<const uint8_t*>(x + (4 * c + i) * x_stride), v + 4 * i);
       }
-      units[c].Multiply(c, left, v, total);
+      constexpr int kGroups = ExactUnit<Format>::kGroups;
+      float sums[kGroups][kTokens];  // gone where there are no offsets
+#pragma unroll
+      for (int i = 0; i < kGroups * kTokens; ++i) {
+        sums[i / kTokens][i % kTokens] =
+            own.unit_sums[i % kTokens][(4 * c + lane % 4) * kGroups + i / kTokens];
+      }
+      units[c].Multiply(c, left, v, total, sums);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       // Neither factor leaves float32's range, but their product may.
       sum[i] = fmaf(total[i] * kExactUnitScale<Format>, scale[i % 2], sum[i]);
     }
-    step += number;
     __syncwarp();
   }
   StoreSums(sum, own.sums, count, 1.0f);
   __syncthreads();
-  const int token = threadIdx.x / kRows, row = threadIdx.x % kRows;
-  if (token >= count) return;
+  if (warp > 0) return;
+  const int token = lane / kRows, row = lane % kRows;
   float y = 0;
   for (int w = 0; w < number; ++w) y += warps[w].sums[token][row];
-  const int pair = own.tiles.pair[tile * kTokens + token];
+  const int pair = pair_of(token);
+  bool exists = true;
+  if (only) {
+    WaitCopies<0>();
+    __syncwarp();
+    exists = __shfl_sync(0xffffffffu, FindFewId(args, own.ids[lane], own.entries[lane]), pair) == 0;
+  }
+  if (token >= count) return;
   if (args.pair_weight != nullptr) y *= args.pair_weight[pair];
+  if (!exists) y = 0;
   Store(args.y, int64_t{pair} * args.rows + band * kRows + row, args.y_type, y);
 }
 

@@ -65,17 +65,28 @@ cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t 
   const int64_t rows = args.activate && kernel.pads_rows ? args.y_pitch : args.rows;
   int64_t blocks = (rows + block_rows - 1) / block_rows;
   if (blocks == 0 || args.lists.max_tiles == 0) return cudaSuccess;
+  int64_t splits = 1;
   if (kernel.places > 0) {
-    const int64_t panels = plan::ChooseCudaTiledPanels(
-        blocks, args.columns, args.lists.max_tiles, int64_t{kernel.places} * Multiprocessors());
+    const int64_t multiprocessors = Multiprocessors(), places = kernel.places;
+    const int64_t panels = plan::ChooseCudaTiledPanels(blocks, args.columns, args.lists.max_tiles,
+                                                       places * multiprocessors);
+    // Whole atoms of two chunks, and some for every block.
+    const int64_t atoms = (args.columns + 255) / 256;
+    if (panels == 1) {
+      splits = plan::ChooseCudaTiledSplits(blocks * args.lists.likely_tiles, atoms, places,
+                                           multiprocessors, kernel.most_splits);
+    }
+    const int64_t block_atoms = (atoms + splits - 1) / splits;
+    splits = (atoms + block_atoms - 1) / block_atoms;
     args.panels = static_cast<int32_t>(panels);
     args.all_panels = static_cast<int32_t>(blocks);
-    blocks = (blocks + panels - 1) / panels;
+    args.split_chunks = static_cast<int32_t>(2 * block_atoms);
+    blocks = (blocks + panels - 1) / panels * splits;
   }
   const std::optional<dim3> grid = TileGrid(blocks, args.lists.max_tiles);
   if (!grid) return cudaErrorInvalidConfiguration;
   void* parameters[] = {&args};
-  return Launch(kernel, *grid, parameters, stream);
+  return Launch(kernel, *grid, parameters, stream, static_cast<int>(splits));
 }
 
 cudaError_t LaunchTiledDown(const TiledKernels& kernels, TiledDownArgs args, cudaStream_t stream) {
@@ -98,8 +109,9 @@ cudaError_t LaunchTiledFew(const TiledKernels& kernels, TiledFewArgs args, cudaS
   const int warps = (steps + steps_a_warp - 1) / steps_a_warp;
   // Exact, for pairs are below 32 and so is what divides them.
   args.inverse_pairs_a_row = static_cast<uint32_t>((65536 + args.pairs_a_row - 1) / args.pairs_a_row);
-  // For a tile of every pair: there may be as many.
-  const dim3 grid(static_cast<unsigned>(args.rows / 16), static_cast<unsigned>(args.pairs));
+  // As many tiles as there can be.
+  const int tiles = args.experts == 1 ? (args.pairs + 1) / 2 : args.pairs;
+  const dim3 grid(static_cast<unsigned>(args.rows / 16), static_cast<unsigned>(tiles));
   void* parameters[] = {&args};
   return cudaLaunchKernel(kernels.few, grid, dim3(32 * warps), parameters,
                           static_cast<size_t>(warps * kernels.few_warp_bytes), stream);

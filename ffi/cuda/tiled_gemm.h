@@ -29,9 +29,9 @@ struct TiledArgs {
   Activations x;  // kF16Narrow or kF16Wide
   int32_t pairs_a_row;
   Lists lists;
-  // Kernels with `places`: a block's panels, of block_rows weight rows, and all that there are.
-  // LaunchTiled's affair.
-  int32_t panels, all_panels;
+  // Kernels with `places`: a block's panels, of block_rows weight rows, and all that there are; the chunks
+  // of 128 columns that a block of a cluster has. LaunchTiled's affair.
+  int32_t panels, all_panels, split_chunks;
   const float* pair_weight;  // null: 1; activate: multiplies gate and up, before scale and bias
   void* y;                   // activate: f16 [pairs, y_pitch] in x's layout
   int64_t y_pitch;
@@ -54,6 +54,7 @@ struct TiledKernel {
   bool pads_rows;  // writes zeros of h up to its pitch
   int blocks;      // a multiprocessor, of a persistent grid; 0: a block for every tile and band
   int places;      // for blocks of a multiprocessor, if a block can have several block_rows; else 0
+  int most_splits;  // blocks of a cluster, each with a part of the columns
 };
 
 // Warps of a thread block, of which a multiprocessor of sm_90 takes twice as many, and blocks of a
@@ -93,7 +94,7 @@ struct TiledFewArgs {
   int32_t pairs_a_row;
   uint32_t inverse_pairs_a_row;  // 2^16 over it, rounded up: LaunchTiledFew's affair
   const int32_t* expert_ids;     // [pairs]
-  const int32_t* entries;        // [pairs], as of Lists
+  const int32_t* entries;        // [pairs], as of Lists, but never null
   int32_t pairs, experts;
   const float* pair_weight;  // null: 1
   void* y;                   // [pairs, rows]

@@ -20,7 +20,8 @@ TiledKernel DescribeTiledPanels() {
           Shape::kSharedBytes,
           /*pads_rows=*/true,
           /*blocks=*/0,
-          /*places=*/Shape::kBlocks};
+          /*places=*/Shape::kBlocks,
+          Shape::kMostSplits};
 }
 
 // For 128 tokens.
@@ -37,7 +38,8 @@ TiledKernel DescribeTiledWide() {
             Shape::kSharedBytes,
             /*pads_rows=*/true,
             /*blocks=*/0,
-            /*places=*/0};
+            /*places=*/0,
+            /*most_splits=*/1};
   }
 }
 
@@ -48,12 +50,12 @@ const TiledKernels& Tiled() {
   static const TiledKernels kernels = {
       {reinterpret_cast<const void*>(&TiledNarrow<Format>), 32 * Narrow::kWarps, Narrow::kTokens,
        Narrow::kRows, sizeof(NarrowMemory<Format>), /*pads_rows=*/false, Narrow::kBlocks,
-       /*places=*/0},
+       /*places=*/0, /*most_splits=*/1},
       {DescribeTiledPanels<Format, 32>(), DescribeTiledPanels<Format, 64>(),
        DescribeTiledPanels<Format, 96>(), DescribeTiledWide<Format>()},
       {reinterpret_cast<const void*>(&TiledDown<Format>), 32 * kMostDownWarps, Narrow::kTokens,
        Narrow::kRows, sizeof(typename Down::Memory), /*pads_rows=*/false, /*blocks=*/0,
-       /*places=*/0},
+       /*places=*/0, /*most_splits=*/1},
       sizeof(typename Down::Warp),
       reinterpret_cast<const void*>(&TiledFew<Format>),
       sizeof(TiledFewShape::Memory)};

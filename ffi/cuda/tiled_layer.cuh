@@ -356,7 +356,7 @@ class LayerWarp {
         for (int i = 0; i < 4; ++i) {
           const float low = eight.v[2 * i] * factor, high = eight.v[2 * i + 1] * factor;
           squares = fmaf(low, low, fmaf(high, high, squares));
-          halves[i] = PackHalves(low, high);
+          halves[i] = PackTwo<half2>(low, high);
         }
         if (kType == Element::kF32) {
           auto* words = reinterpret_cast<uint32_t*>(to + PlaceOfGroup(unit / 2)) + unit % 2;

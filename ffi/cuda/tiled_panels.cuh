@@ -19,6 +19,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "ffi/cuda/cluster.cuh"
 #include "ffi/cuda/hopper.cuh"
 #include "ffi/cuda/ptx.cuh"
 #include "ffi/cuda/tiled_chunk.cuh"
@@ -73,6 +74,17 @@ struct TiledPanelsShape {
   };
   static constexpr int kSharedBytes = sizeof(Memory);
   static_assert(kSharedBytes <= kMostShared);
+
+  // Blocks of a cluster. What they give each other stands where operands were.
+  static constexpr int kWarpSums = 32 * kTokens;
+  static constexpr bool CanSplit(int splits) {
+    const int warps = (4 * kGroups + splits - 1) / splits;  // whose sums a block gathers, at most
+    return warps * (splits - 1) * kWarpSums * 4 <=
+           kTokenStages * kTokenBytes + kWeightStages * kWeightBytes;
+  }
+  // With more sums a lane has no registers for others' too.
+  static constexpr int kMostSplits = kTokens > 64 ? 1 : CanSplit(8) ? 8 : 4;
+  static_assert(kMostSplits == 1 || CanSplit(kMostSplits));
 };
 
 // Formats for which this kernel is the faster one of 128 tokens. With 128 sums a lane, the loop
@@ -94,8 +106,10 @@ class TiledPanelsBlock {
       : args_(args),
         m_(memory),
         tile_(tile),
-        chunks_((args.columns + Shape::kChunk - 1) / Shape::kChunk),
-        first_panel_(static_cast<int>(blockIdx.x) * args.panels),
+        first_chunk_(ClusterRank() * args.split_chunks),
+        chunks_(min(args.split_chunks,
+                    (args.columns + Shape::kChunk - 1) / Shape::kChunk - first_chunk_)),
+        first_panel_(ClusterIndex() * args.panels),
         end_panel_(min(first_panel_ + args.panels, args.all_panels)) {}
 
   __device__ __forceinline__ void Run() {
@@ -180,9 +194,10 @@ class TiledPanelsBlock {
       if (lane < Shape::kBands) {
         const TiledMatrix& matrix = args_.matrix[MatrixOf(lane)];
         band = matrix.data + tile_.expert * matrix.expert_bytes +
-               BandOf(panel, lane) * 16 * args_.row_bytes;
+               BandOf(panel, lane) * 16 * args_.row_bytes +
+               TiledRow<Format>::BandBytes(first_chunk_ * Shape::kChunk);
       }
-      for (int chunk = 0; chunk < chunks_; chunk += Shape::kAtomChunks) {
+      for (int chunk = first_chunk_; chunk < first_chunk_ + chunks_; chunk += Shape::kAtomChunks) {
         WaitBarrier(m_.weights_empty + w.stage, w.parity ^ 1);
         const int bytes = TiledRow<Format>::BandBytes(
             min(Shape::kAtomChunks * Shape::kChunk, args_.columns - chunk * Shape::kChunk));
@@ -229,7 +244,7 @@ class TiledPanelsBlock {
           const int token = first + kStep * i;
           if (token >= count) break;
           uint8_t* to = stage + token * 128 + (piece ^ token % 8) * 16;
-          const uint4* at = x + from[i] + in_panel * (Shape::kChunk / 8);
+          const uint4* at = x + from[i] + (first_chunk_ + in_panel) * (Shape::kChunk / 8);
           CopyAsync16(to, at);
           CopyAsync16(to + half_bytes, at + 8);
         }
@@ -277,6 +292,9 @@ class TiledPanelsBlock {
     TokenPosition x;
     for (int panel = first_panel_; panel < end_panel_; ++panel) {
       MultiplyTile<Shape::kFewestColumns>(normaliser, w, x);
+      if constexpr (Shape::kMostSplits > 1) {
+        if (ClusterSize() > 1 && !GatherSums()) return;
+      }
       float scale[2][2];
 #pragma unroll
       for (int i = 0; i < 4; ++i) scale[i / 2][i % 2] = 0x1p24f / normaliser[i / 2][i % 2];
@@ -284,6 +302,41 @@ class TiledPanelsBlock {
       LoadNormalisers(min(panel + 1, end_panel_ - 1), normaliser);
       StoreResults(panel, scale);
     }
+  }
+
+  // A warp's sums to the block that stores its rows, and there together in the order of ranks; false
+  // elsewhere. Blocks of clusters have one panel.
+  __device__ __forceinline__ bool GatherSums() {
+    const int splits = ClusterSize(), rank = ClusterRank();
+    const int warp = Group() * 4 + Warp(), owner = warp % splits;
+    float* sums = reinterpret_cast<float*>(&m_) +
+                  warp / splits * (splits - 1) * Shape::kWarpSums + Lane();
+    const auto of = [&](int other) {
+      return sums + (other < owner ? other : other - 1) * Shape::kWarpSums;
+    };
+    // All have used their operands.
+    ArriveInCluster();
+    WaitInCluster();
+    if (rank != owner) {
+      float* to = of(rank);
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) StoreToCluster(to + 32 * i, owner, sum_[i % 2][i / 2]);
+    }
+    ArriveInCluster();
+    WaitInCluster();
+    if (rank != owner) return false;
+    float total[2][kTokens / 2] = {};
+#pragma unroll 1
+    for (int other = 0; other < splits; ++other) {
+      const float* from = of(other);
+#pragma unroll
+      for (int i = 0; i < kTokens; ++i) {
+        total[i % 2][i / 2] += other == rank ? sum_[i % 2][i / 2] : from[32 * i];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) sum_[i % 2][i / 2] = total[i % 2][i / 2];
+    return true;
   }
 
   // With as many columns of products as the tile's tokens need.
@@ -311,7 +364,8 @@ class TiledPanelsBlock {
       if (part == 0) WaitBarrier(m_.weights_full + w.stage, w.parity);
       LaneUnit<Format> unit[2][2];
       // Rows of blocks of 256 weights have no partial chunks.
-      const int units = Shape::kAtomChunks == 2 ? 4 : min(4, args_.columns / 32 - 4 * chunk);
+      const int units =
+          Shape::kAtomChunks == 2 ? 4 : min(4, args_.columns / 32 - 4 * (first_chunk_ + chunk));
       typename Tiled::Place place = {units, part, 0, lane % 4};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -525,7 +579,8 @@ class TiledPanelsBlock {
   const TiledArgs& args_;
   Memory& m_;
   const TokenTile tile_;
-  const int chunks_, first_panel_, end_panel_;
+  const int first_chunk_, chunks_;  // this block's part of the columns
+  const int first_panel_, end_panel_;
   float sum_[2][kTokens / 2];
 };
 

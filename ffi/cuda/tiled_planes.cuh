@@ -2,7 +2,9 @@
 //
 // kChunks of an atom; kScaleWords: what Load fills besides the fields; Scale: the group's scale times
 // `unit` and, with an offset, its offset times `offset_unit`, powers of two both, in float32; where
-// fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale. What
+// fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale. With
+// kIntegerScales, scale and offset are products of integers and of factors that a row's units share:
+// Integers, the second one times 2^-10, and Factors times `unit`, the second one times -2^-14 besides. What
 // rows share is computed in the same way for both chunks and all groups, so that the compiler does
 // it once.
 #pragma once
@@ -67,6 +69,22 @@ __device__ __forceinline__ float TimesLess(uint32_t x, int bias, float d) {
   return (__uint_as_float(0x4b000000u | x) - static_cast<float>(8388608 + bias)) * d;
 }
 
+// Two factors to f16; too large ones, which then belong to zeros, become the largest number.
+__device__ __forceinline__ half2 PackFactors(float first, float second) {
+  half2 result;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %2, %1;"
+      : "=r"(reinterpret_cast<uint32_t&>(result))
+      : "f"(first), "f"(second));
+  return result;
+}
+// Two integers of kBits bits, below 2^10: the low bits of a word, and 2^-10 times those that follow.
+template <int kBits>
+__device__ __forceinline__ half2 TwoIntegers(uint32_t word) {
+  constexpr uint32_t kMask = (1 << kBits) - 1, kOnes = 0x3c006400u;
+  const uint32_t second = (word << (16 - kBits) & kMask << 16) | kOnes;
+  return __hsub2(Halves((word & kMask) | second), Halves(kOnes));
+}
+
 template <typename Format>
 struct TiledUnit;
 
@@ -84,6 +102,7 @@ struct HalfScaled {
 // An f16 scale and an f16 minimum a unit.
 struct HalfScaledWithMinimum {
   static constexpr int kChunks = 1, kScaleWords = 1;
+  static constexpr bool kIntegerScales = false;
   using Place = TiledPlace<kChunks>;
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int,
                                                  float unit = 1.0f, float offset_unit = 1.0f) {
@@ -185,6 +204,7 @@ struct TiledUnit<NVFP4> {
 // d, dmin, and 6 bits of scale and minimum a unit.
 struct SixBitScaled {
   static constexpr int kChunks = 2, kScaleWords = 3;
+  static constexpr bool kIntegerScales = true;
   using Place = TiledPlace<kChunks>;
   // row: the plane's 16 bytes. A lane's 24 bits, those of both chunks, are 3 bytes of the three words
   // that follow d and dmin.
@@ -199,8 +219,21 @@ struct SixBitScaled {
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
                                                  float unit = 1.0f, float offset_unit = 1.0f) {
     const float2 d = __half22float2(Halves(s[0]));
-    const uint32_t bits = __funnelshift_r(s[1], s[2], 24 * at.unit) >> 12 * at.chunk;
+    const uint32_t bits = Both(s, at);
     return {Times(bits & 63, d.x * unit), -Times(bits & 63 << 6, d.y * (offset_unit * 0x1p-6f))};
+  }
+  static __device__ __forceinline__ half2 Factors(const uint32_t* s, float unit) {
+    const float2 d = __half22float2(Halves(s[0]));
+    return PackFactors(d.x * unit, d.y * (unit * 0x1p-14f));
+  }
+  static __device__ __forceinline__ half2 Integers(const uint32_t* s, const Place& at, int) {
+    return TwoIntegers<6>(Both(s, at));
+  }
+
+ private:
+  // Six bits of each, and others above.
+  static __device__ __forceinline__ uint32_t Both(const uint32_t* s, const Place& at) {
+    return __funnelshift_r(s[1], s[2], 24 * at.unit) >> 12 * at.chunk;
   }
 };
 
@@ -263,6 +296,7 @@ struct TiledUnit<Q3_K> {
 template <>
 struct TiledUnit<Q2_K> {
   static constexpr int kChunks = 2, kScaleWords = 2;
+  static constexpr bool kIntegerScales = true;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
@@ -274,6 +308,13 @@ struct TiledUnit<Q2_K> {
     const float2 d = __half22float2(Halves(s[1]));
     const uint32_t bits = s[0] >> 8 * group;
     return {Times(bits & 15, d.x * unit), -Times(bits & 0xf0, d.y * (offset_unit * 0x1p-4f))};
+  }
+  static __device__ __forceinline__ half2 Factors(const uint32_t* s, float unit) {
+    const float2 d = __half22float2(Halves(s[1]));
+    return PackFactors(d.x * unit, d.y * (unit * 0x1p-14f));
+  }
+  static __device__ __forceinline__ half2 Integers(const uint32_t* s, const Place&, int group) {
+    return TwoIntegers<4>(s[0] >> 8 * group);
   }
 };
 

@@ -132,11 +132,12 @@ __device__ __forceinline__ void MultiplyEverySecond(float (&sum)[4], const Unit&
 }
 
 // Adds the products of a group of the units, times 2^kExponent, to total: rows g and g + 8, tokens
-// 0 and 1 each.
+// 0 and 1 each. sums: what offsets are multiplied by, of each group and token the sum of the
+// activations times 2^kExponent; null: made here.
 template <int kGroup, typename Format>
 __device__ __forceinline__ void MultiplyGroup(float (&total)[4], const ExactUnit<Format>& low,
                                               const ExactUnit<Format>& high,
-                                              const uint32_t (&x)[16]) {
+                                              const uint32_t (&x)[16], const float (*sums)[2]) {
   using Unit = ExactUnit<Format>;
   constexpr int kBegin = kGroup * 16 / Unit::kGroups, kEnd = kBegin + 16 / Unit::kGroups;
   constexpr float kOdd = Unit::kKeepsPlaces ? 1.0f / (1 << Unit::Fields::kShift) : 1.0f;
@@ -152,8 +153,12 @@ __device__ __forceinline__ void MultiplyGroup(float (&total)[4], const ExactUnit
     constexpr uint32_t kOne = HalfPower(Unit::Fields::kExponent);
     constexpr uint32_t kOnes[4] = {kOne, kOne, kOne, kOne};
     float sum[4] = {};
+    if (sums != nullptr) {
+      sum[0] = sum[2] = sums[kGroup][0], sum[1] = sum[3] = sums[kGroup][1];
+    } else {
 #pragma unroll
-    for (int i = kBegin; i < kEnd; i += 2) MultiplyF16(sum, kOnes, x[i], x[i + 1]);
+      for (int i = kBegin; i < kEnd; i += 2) MultiplyF16(sum, kOnes, x[i], x[i + 1]);
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       total[i] = fmaf((i < 2 ? low : high).offset[kGroup], sum[i], total[i]);
@@ -232,15 +237,15 @@ struct UnitsOfTwoRows {
     place.row += 8;
     high.template Load<kWhole>(atom, place);
   }
-  // Adds their products. x: of the chunk.
+  // Adds their products. x and sums (MultiplyGroup): of the chunk.
   __device__ __forceinline__ void Multiply(int chunk, int columns, const uint32_t (&x)[16],
-                                           float (&total)[4]) {
+                                           float (&total)[4], const float (*sums)[2] = nullptr) {
     typename Tiled::Place place = PlaceOf(chunk, columns);
     low.template SetScales<kWhole>(place);
     place.row += 8;
     high.template SetScales<kWhole>(place);
-    MultiplyGroup<0>(total, low, high, x);
-    if constexpr (ExactUnit<Format>::kGroups == 2) MultiplyGroup<1>(total, low, high, x);
+    MultiplyGroup<0>(total, low, high, x, sums);
+    if constexpr (ExactUnit<Format>::kGroups == 2) MultiplyGroup<1>(total, low, high, x, sums);
   }
 
  private:

@@ -87,16 +87,21 @@ CudaTile FitCudaTile(CudaTile tile, int format, int64_t shared_limit) {
   return tile;
 }
 
+int64_t LikelyCudaTiles(int64_t pairs, int64_t experts, int64_t tile_tokens) {
+  if (experts == 0) return 0;
+  const int64_t tiles = (pairs + experts * tile_tokens - 1) / (experts * tile_tokens);
+  return std::min(pairs, experts * tiles);
+}
+
 CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, int64_t columns,
                                   bool hopper) {
-  constexpr double kFewBlocks = 80;  // Hopper has 132 multiprocessors
+  constexpr int64_t kFewBlocks = 80;  // Hopper has 132 multiprocessors
   const double mean =
       static_cast<double>(pairs) / static_cast<double>(std::max<int64_t>(experts, 1));
   if (!hopper || mean <= 6) return CudaTiledTile::kNarrow;
   const auto few = [&](int64_t tokens, int64_t block_rows) {
-    const double bands = std::ceil(static_cast<double>(rows) / static_cast<double>(block_rows));
-    return static_cast<double>(experts) * std::ceil(mean / static_cast<double>(tokens)) * bands <
-           kFewBlocks;
+    const int64_t bands = (rows + block_rows - 1) / block_rows;
+    return LikelyCudaTiles(pairs, experts, tokens) * bands < kFewBlocks;
   };
   // With few columns it is the results that take time, and two blocks a multiprocessor share it better.
   const bool short_rows = mean <= 72 && columns <= 1024;
@@ -107,12 +112,13 @@ CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, 
 
 bool UsesCudaTiledFew(Variant variant, int64_t pairs, int64_t experts, int64_t rows,
                       int64_t columns) {
-  // Products of 16 rows and 256 columns. With one token the kernel for 8 tokens draws level at 28
-  // thousand of them.
-  constexpr int64_t kMostProducts = 8192;
-  const int64_t tiles = experts == 1 ? 1 : pairs;
-  return variant != Variant::kScalarGguf && pairs <= std::min(kCudaFewPairs, 2 * experts) &&
-         tiles * (rows / 16) * ((columns + 255) / 256) <= kMostProducts && columns > 0;
+  // Up to two tiles of an only expert: the second one's weights come from the L2.
+  const int64_t tiles = experts == 1 ? (pairs + 1) / 2 : pairs;
+  // Products of 16 rows and 256 columns, where the kernel for 8 tokens draws level.
+  const int64_t most_products = tiles == 1 ? 12288 : 6144;
+  return variant != Variant::kScalarGguf &&
+         pairs <= std::min(kCudaFewPairs, std::max<int64_t>(4, 2 * experts)) &&
+         tiles * (rows / 16) * ((columns + 255) / 256) <= most_products && columns > 0;
 }
 
 bool FindsCudaTiles(int64_t pairs, CudaTiledTile tile) {
@@ -228,6 +234,26 @@ int64_t ChooseCudaTiledPanels(int64_t panels, int64_t columns, int64_t tiles, in
     if (number * columns <= kMostColumns && blocks >= kRounds * places) return number;
   }
   return 1;
+}
+
+int64_t ChooseCudaTiledSplits(int64_t blocks, int64_t steps, int64_t places,
+                              int64_t multiprocessors, int64_t most) {
+  // In what a step takes a block that has its multiprocessor for itself: what a block takes besides, what
+  // each block of a cluster adds, and how much longer all takes for every block beside it.
+  constexpr double kBlock = 4, kShare = 0.5, kNeighbour = 0.08;
+  const auto cost = [&](int64_t splits) {
+    const double share = static_cast<double>((steps + splits - 1) / splits);
+    const double alone = share + kBlock + (splits > 1 ? 1 + kShare * static_cast<double>(splits) : 0);
+    // Blocks of a multiprocessor.
+    const double load = static_cast<double>(blocks * splits) / static_cast<double>(multiprocessors);
+    const double together = std::clamp(std::ceil(load), 1.0, static_cast<double>(places));
+    return std::max(load / together, 1.0) * (1 + kNeighbour * (together - 1)) * alone;
+  };
+  int64_t best = 1;
+  for (int64_t splits = 2; splits <= std::min(most, steps); ++splits) {
+    if (cost(splits) < cost(best)) best = splits;
+  }
+  return best;
 }
 
 int ChooseCudaLogSplits(int64_t k) {

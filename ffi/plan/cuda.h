@@ -25,6 +25,9 @@ enum class CudaTiledTile : int { kNarrow = 0, k32 = 1, k64 = 2, k96 = 3, k128 = 
 CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, int64_t columns,
                                   bool hopper);
 
+// The number of tiles if all experts have the same number of pairs.
+int64_t LikelyCudaTiles(int64_t pairs, int64_t experts, int64_t tile_tokens);
+
 // Whether a moe_gemm with a tiled weight is one launch in which pairs are sorted and x is prepared by
 // those who multiply (ffi/cuda/tiled_few.cuh): quicker where little is multiplied.
 bool UsesCudaTiledFew(Variant variant, int64_t pairs, int64_t experts, int64_t rows, int64_t columns);
@@ -40,6 +43,11 @@ bool FindsCudaTiles(int64_t pairs, CudaTiledTile tile);
 // have few columns, but not so many that the device's places for blocks are filled unevenly. tiles: at
 // most.
 int64_t ChooseCudaTiledPanels(int64_t panels, int64_t columns, int64_t tiles, int64_t places);
+
+// Blocks, a cluster of at most `most`, that share the steps of 256 columns of a tile and a panel: several
+// where there are few blocks, for a device with so many multiprocessors and places for blocks in each.
+int64_t ChooseCudaTiledSplits(int64_t blocks, int64_t steps, int64_t places,
+                              int64_t multiprocessors, int64_t most);
 
 // Weight rows of a thread block and tokens of a tile.
 struct CudaTileShape {
