@@ -95,13 +95,13 @@ class SortBlock {
   __device__ void Run() {
     // The ids of a warp with few pairs are read once, and their ranks come with the counts.
     const bool twice = end_ - begin_ > 32 * kBatch;
-    int bucket[kBatch], place[kBatch];
+    int bucket[kBatch];
     Load(begin_, bucket);
     __syncthreads();
     if (twice) {
       Count(bucket);
     } else {
-      Place(begin_, bucket, place);
+      Rank(bucket);
     }
     __syncthreads();
     if (blocks_ > 1) ExchangeCounts();
@@ -110,8 +110,7 @@ class SortBlock {
     if (twice) {
       Scatter();
     } else {
-      AddBegins(bucket, place);
-      Write(begin_, place);
+      ScatterRanked(bucket);
     }
   }
 
@@ -256,50 +255,57 @@ class SortBlock {
     return lanes;
   }
 
-  // The places of a batch's pairs in their order; of the warp's counts, next[bucket] is the first
-  // free one.
-  __device__ void Place(int base, const int (&bucket)[kBatch], int (&place)[kBatch]) const {
-    int32_t* next = counts_ + warp_ * buckets_;
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (base + 32 * i >= end_) break;
-      const bool inside = base + 32 * i + lane_ < end_;
-      const unsigned same = SameBucket(__ballot_sync(0xffffffffu, inside), bucket[i]);
-      place[i] = next[bucket[i]] + __popc(same & ((1u << lane_) - 1));
-      __syncwarp();
-      if (inside && lane_ == 31 - __clz(same)) next[bucket[i]] = place[i] + 1;
-      __syncwarp();
-    }
+  // The place of a pair from `base` on, in whose order they are placed; of the warp's counts,
+  // next[bucket] is the first free one.
+  __device__ int Place(int base, int bucket) const {
+    int32_t* next = counts_ + warp_ * buckets_ + bucket;
+    const bool inside = base + lane_ < end_;
+    const unsigned same = SameBucket(__ballot_sync(0xffffffffu, inside), bucket);
+    const int place = *next + __popc(same & ((1u << lane_) - 1));
+    __syncwarp();
+    if (inside && lane_ == 31 - __clz(same)) *next = place + 1;
+    __syncwarp();
+    return place;
   }
 
-  // To ranks among the warp's pairs of a bucket.
-  __device__ void AddBegins(const int (&bucket)[kBatch], int (&rank)[kBatch]) const {
+  // Puts a pair's rank among the warp's pairs of its bucket above the bucket, to save registers.
+  static constexpr int kRankShift = 16;
+  static_assert(kMaxExperts < 1 << kRankShift && 32 * kBatch < 1 << (31 - kRankShift));
+  __device__ void Rank(int (&bucket)[kBatch]) const {
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
       if (begin_ + 32 * i >= end_) break;
-      rank[i] += counts_[warp_ * buckets_ + bucket[i]];
+      bucket[i] |= Place(begin_ + 32 * i, bucket[i]) << kRankShift;
     }
   }
 
-  __device__ void Write(int base, const int (&place)[kBatch]) const {
+  __device__ void ScatterRanked(const int (&ranked)[kBatch]) const {
+    const int32_t* begins = counts_ + warp_ * buckets_;
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {
-      if (base + 32 * i >= end_) break;
-      const int pair = base + 32 * i + lane_;
-      if (pair >= end_) continue;
-      args_.sorted[place[i]] = pair;
-      if (args_.sorted_ids != nullptr) args_.sorted_ids[place[i]] = ids_[pair];
+      if (begin_ + 32 * i >= end_) break;
+      const int bucket = ranked[i] & ((1 << kRankShift) - 1);
+      Write(begin_ + 32 * i + lane_, begins[bucket] + (ranked[i] >> kRankShift));
     }
   }
 
   // Every id is read again.
   __device__ void Scatter() const {
     for (int base = begin_; base < end_; base += 32 * kBatch) {
-      int bucket[kBatch], place[kBatch];
+      int bucket[kBatch];
       Load(base, bucket);
-      Place(base, bucket, place);
-      Write(base, place);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (base + 32 * i >= end_) break;
+        Write(base + 32 * i + lane_, Place(base + 32 * i, bucket[i]));
+      }
     }
+  }
+
+  __device__ void Write(int pair, int place) const {
+    if (pair >= end_) return;
+    args_.sorted[place] = pair;
+    if (args_.sorted_ids != nullptr) args_.sorted_ids[place] = ids_[pair];
   }
 
   const SortArgs& args_;
