@@ -4,6 +4,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 namespace jax_moe::cuda {
 
 // Whether the current device has compute capability 9.0, for which there are kernels of their own.
@@ -25,6 +27,8 @@ template <typename... Parameters, typename... Arguments>
 cudaError_t LaunchClusters(void (*kernel)(Parameters...), int cluster, dim3 grid, int threads,
                            size_t shared_bytes, cudaStream_t stream,
                            const Arguments&... arguments) {
+  static_assert((std::is_same_v<std::remove_cv_t<Parameters>, Arguments> && ...),
+                "a kernel reads its arguments as they lie in memory");
   void* parameters[] = {const_cast<Arguments*>(&arguments)...};
   return LaunchEarly(reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes, stream,
                      parameters, cluster);

@@ -126,7 +126,7 @@ __device__ __forceinline__ void PrepareRow(const Rows& rows, const Activations& 
 // One block a row.
 template <int kThreads, typename Rows>
 __global__ void __launch_bounds__(kThreads)
-    Prepare(const __grid_constant__ Rows rows, Activations to, Layout layout, int64_t columns,
+    Prepare(const __grid_constant__ Rows rows, Activations to, Layout layout, int columns,
             bool rounds) {
   WaitForEarlierKernels();
   LetNextKernelStart();
