@@ -199,6 +199,23 @@ def test_one_expert_takes_every_pair(name, tokens):
     assert_close(y, expected_gemm(x, exact, *ids, 1), cases.bound("float32"))
 
 
+@pytest.mark.parametrize("rows_are_pairs", (False, True))
+@pytest.mark.parametrize("name", ("Q4_K", "Q2_K", "Q6_K", "MXFP4"))
+def test_few_tokens_of_an_only_expert(name, rows_are_pairs):
+    """As attention's matrices have them, and with pairs that are named twice, never or wrongly."""
+    weight, exact = random_weights(name, 1, 208, 2304)
+    rng = np.random.default_rng(8)
+    lists = [(range(pairs), [0] * pairs) for pairs in (1, 2, 3, 4)]
+    lists += [((1, 0), (0, -1)), ((0, 0, 2), (0, 1, 0)), ((3, 9, 1, 3), (0, 0, INT32.min, -1))]
+    for sorted_ids, flat_ids in lists:
+        top_k = 2 if len(sorted_ids) == 4 else 1
+        x = oracle.normal(rng, (len(sorted_ids) // (1 if rows_are_pairs else top_k), 2304))
+        ids = jnp.asarray(sorted_ids, jnp.int32), jnp.asarray(flat_ids, jnp.int32)
+        (y,) = run_twice(lambda *a, k=top_k: [gemm(*a, top_k=k)], x, weight.prepack(), *ids)
+        expected = oracle.gemm(x, exact, *ids, top_k)
+        assert_close(y, expected, cases.bound("float32"), (sorted_ids, flat_ids))
+
+
 @pytest.mark.parametrize("index", range(len(SHAPES)))
 @pytest.mark.parametrize("rows_are_pairs", (False, True))
 def test_any_list_of_ids(index, rows_are_pairs):

@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(32 * kMostFewWarps, FieldsOf<Format>::kWords >
       CopyAsync4(&own.ids[lane], args.expert_ids + lane);
       CopyAsync4(&own.entries[lane], args.entries + lane);
     }
+    CommitCopies();
   } else {
     const bool listed = lane < args.pairs;
     const int id = FindFewId(args, listed ? args.expert_ids[lane] : -1,
