@@ -204,7 +204,7 @@ class TiledPanelsBlock {
         if (lane == 0) ArriveExpectBytes(m_.weights_full + w.stage, Shape::kBands * bytes);
         __syncwarp();
         if (lane < Shape::kBands) {
-          BulkCopyOnce(m_.weights[w.stage][lane], band, bytes, m_.weights_full + w.stage);
+          BulkCopy(m_.weights[w.stage][lane], band, bytes, m_.weights_full + w.stage);
         }
         band += bytes;
         w.Next();

@@ -159,7 +159,7 @@ class TiledWideBlock {
             if (lane == 0) ArriveExpectBytes(m_.weights_full + w.stage, Shape::kBands * bytes);
             __syncwarp();
             if (copies_weights) {
-              BulkCopyOnce(m_.weights[w.stage][lane], band + TiledRow<Format>::BandBytes(column), bytes,
+              BulkCopy(m_.weights[w.stage][lane], band + TiledRow<Format>::BandBytes(column), bytes,
                        m_.weights_full + w.stage);
             }
           }
