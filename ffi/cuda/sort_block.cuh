@@ -11,7 +11,6 @@ namespace jax_moe::cuda {
 
 constexpr int kSortThreads = 256;
 constexpr int kSortWarps = kSortThreads / 32;
-static_assert(kSortWarps <= 32);  // a warp scans the sums of all warps
 constexpr int kSortCluster = 8;  // blocks, as many as every device with clusters allows
 constexpr int64_t kMostPairsOfSortBlock = 1024;
 

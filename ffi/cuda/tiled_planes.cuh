@@ -2,9 +2,10 @@
 //
 // kChunks of an atom; kScaleWords: what Load fills besides the fields; Scale: the group's scale times
 // `unit` and, with an offset, its offset times `offset_unit`, powers of two both, in float32; where
-// fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale. With
-// kIntegerScales, scale and offset are products of integers and of factors that a row's units share:
-// Integers, the second one times 2^-10, and Factors times `unit`, the second one times -2^-14 besides. What
+// fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale. Where
+// IntegerScaled, scale and offset are products of integers and of factors that a row's units share:
+// Integers, the second one times 2^-10, and Factors, of the word kFactorsWord, times `unit`, the second one
+// times -2^-14 besides. What
 // rows share is computed in the same way for both chunks and all groups, so that the compiler does
 // it once.
 #pragma once
@@ -69,14 +70,6 @@ __device__ __forceinline__ float TimesLess(uint32_t x, int bias, float d) {
   return (__uint_as_float(0x4b000000u | x) - static_cast<float>(8388608 + bias)) * d;
 }
 
-// Two factors to f16; too large ones, which then belong to zeros, become the largest number.
-__device__ __forceinline__ half2 PackFactors(float first, float second) {
-  half2 result;
-  asm("cvt.rn.satfinite.f16x2.f32 %0, %2, %1;"
-      : "=r"(reinterpret_cast<uint32_t&>(result))
-      : "f"(first), "f"(second));
-  return result;
-}
 // Two integers of kBits bits, below 2^10: the low bits of a word, and 2^-10 times those that follow.
 template <int kBits>
 __device__ __forceinline__ half2 TwoIntegers(uint32_t word) {
@@ -102,7 +95,6 @@ struct HalfScaled {
 // An f16 scale and an f16 minimum a unit.
 struct HalfScaledWithMinimum {
   static constexpr int kChunks = 1, kScaleWords = 1;
-  static constexpr bool kIntegerScales = false;
   using Place = TiledPlace<kChunks>;
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place&, int,
                                                  float unit = 1.0f, float offset_unit = 1.0f) {
@@ -201,10 +193,22 @@ struct TiledUnit<NVFP4> {
   }
 };
 
+// Scales and offsets that are an integer times d and dmin.
+struct IntegerScaled {
+  // Too large factors, which then belong to zeros, become the largest number.
+  static __device__ __forceinline__ half2 Factors(uint32_t d_and_dmin, float unit) {
+    const float2 d = __half22float2(Halves(d_and_dmin));
+    half2 result;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %2, %1;"
+        : "=r"(reinterpret_cast<uint32_t&>(result))
+        : "f"(d.x * unit), "f"(d.y * (unit * 0x1p-14f)));
+    return result;
+  }
+};
+
 // d, dmin, and 6 bits of scale and minimum a unit.
-struct SixBitScaled {
-  static constexpr int kChunks = 2, kScaleWords = 3;
-  static constexpr bool kIntegerScales = true;
+struct SixBitScaled : IntegerScaled {
+  static constexpr int kChunks = 2, kScaleWords = 3, kFactorsWord = 0;
   using Place = TiledPlace<kChunks>;
   // row: the plane's 16 bytes. A lane's 24 bits, those of both chunks, are 3 bytes of the three words
   // that follow d and dmin.
@@ -221,10 +225,6 @@ struct SixBitScaled {
     const float2 d = __half22float2(Halves(s[0]));
     const uint32_t bits = Both(s, at);
     return {Times(bits & 63, d.x * unit), -Times(bits & 63 << 6, d.y * (offset_unit * 0x1p-6f))};
-  }
-  static __device__ __forceinline__ half2 Factors(const uint32_t* s, float unit) {
-    const float2 d = __half22float2(Halves(s[0]));
-    return PackFactors(d.x * unit, d.y * (unit * 0x1p-14f));
   }
   static __device__ __forceinline__ half2 Integers(const uint32_t* s, const Place& at, int) {
     return TwoIntegers<6>(Both(s, at));
@@ -294,9 +294,8 @@ struct TiledUnit<Q3_K> {
 };
 
 template <>
-struct TiledUnit<Q2_K> {
-  static constexpr int kChunks = 2, kScaleWords = 2;
-  static constexpr bool kIntegerScales = true;
+struct TiledUnit<Q2_K> : IntegerScaled {
+  static constexpr int kChunks = 2, kScaleWords = 2, kFactorsWord = 1;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
     LoadWords<2>(atom + at.Unit(0, 8), q);
@@ -308,10 +307,6 @@ struct TiledUnit<Q2_K> {
     const float2 d = __half22float2(Halves(s[1]));
     const uint32_t bits = s[0] >> 8 * group;
     return {Times(bits & 15, d.x * unit), -Times(bits & 0xf0, d.y * (offset_unit * 0x1p-4f))};
-  }
-  static __device__ __forceinline__ half2 Factors(const uint32_t* s, float unit) {
-    const float2 d = __half22float2(Halves(s[1]));
-    return PackFactors(d.x * unit, d.y * (unit * 0x1p-14f));
   }
   static __device__ __forceinline__ half2 Integers(const uint32_t* s, const Place&, int group) {
     return TwoIntegers<4>(s[0] >> 8 * group);

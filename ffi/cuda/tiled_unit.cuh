@@ -36,11 +36,11 @@ class LaneUnit {
       normaliser = 0;
     }
     [[maybe_unused]] half2 factors;
-    if constexpr (kHasIntegers) factors = Tiled::Factors(s, normaliser);
+    if constexpr (kIntegerScaled) factors = Tiled::Factors(s[Tiled::kFactorsWord], normaliser);
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
       half2 scale;
-      if constexpr (kHasIntegers) {
+      if constexpr (kIntegerScaled) {
         // In float16 itself: fewer instructions, and no less exact. What rounding takes from the
         // scale goes into the offset, for the mean of the fields.
         static_assert(Fields::kExponent == -24);  // kFieldUnit is 1
@@ -58,9 +58,7 @@ class LaneUnit {
         scale = BothHalves(affine.scale);
         if constexpr (Format::kHasOffset) offset_[group] = BothHalves(affine.offset);
       }
-      if constexpr (Format::kHasOffset) {
-        // Done.
-      } else if constexpr (Fields::kShifts > 0) {
+      if constexpr (Fields::kShifts > 0) {
         const float shift = __low2float(scale) * (0x1p-24f / kFieldUnit);
         constexpr int kLeft = kTakesBias ? 0 : Fields::kBias;
         const half2 plus = BothHalves(shift * (1 - kLeft));
@@ -69,7 +67,7 @@ class LaneUnit {
         for (int i = group * kOffsets / kGroups; i < (group + 1) * kOffsets / kGroups; ++i) {
           offset_[i] = Tiled::IsNegative(s, at, i) ? minus : plus;
         }
-      } else if constexpr (Fields::kBias != 0) {
+      } else if constexpr (Fields::kBias != 0 && !Format::kHasOffset) {
         // A multiple of the rounded scale, so that a field of kBias is exactly zero.
         offset_[group] = __hmul2(scale, BothHalves(-Fields::kBias * 0x1p-24f));
       }
@@ -89,11 +87,7 @@ class LaneUnit {
   }
 
  private:
-  static constexpr bool HasIntegers() {
-    if constexpr (Format::kHasOffset) return Tiled::kIntegerScales;
-    return false;
-  }
-  static constexpr bool kHasIntegers = HasIntegers();
+  static constexpr bool kIntegerScaled = std::is_base_of_v<IntegerScaled, Tiled>;
   // Whether the bias is taken from fields with shifts: of a larger one, rounding the sum of both
   // would take too much.
   static constexpr bool kTakesBias = Fields::kShifts > 0 && Fields::kBias > 8;
