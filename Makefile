@@ -23,9 +23,10 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/pytest -n auto $(ARGS)
 
-# Several processes share the GPU, so none may take its memory ahead.
+# Several processes share the GPU, so none may take its memory ahead, and the cores, so that each
+# multiplies on one: with threads of theirs the tests take several times as long.
 test-gpu: $(VENV)/installed
-	XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/pytest -m gpu -n 8 $(ARGS)
+	OPENBLAS_NUM_THREADS=1 OMP_NUM_THREADS=1 XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/pytest -m gpu -n 8 $(ARGS)
 
 test-llamacpp: $(VENV)/installed $(LLAMACPP)/installed
 	JAX_MOE_LLAMACPP_PYTHON=$(abspath $(LLAMACPP))/bin/python $(BIN)/pytest tests/llamacpp $(ARGS)

@@ -39,8 +39,12 @@ void RequireLimits(Checker& check, int64_t experts, int64_t pairs) {
                 "more than 8192 experts or 2^30 pairs");
 }
 
-const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile tile) {
-  const TiledKernels& kernels = *FindTiledKernels(weight.format);
+bool CentresFields(Element x, Element y, Variant variant) {
+  return variant != Variant::kScalarGguf && x != Element::kBF16 && y != Element::kBF16;
+}
+
+const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile tile, bool centred) {
+  const TiledKernels& kernels = *FindTiledKernels(weight.format, centred);
   if (tile == plan::CudaTiledTile::kNarrow) return kernels.narrow;
   return kernels.wide[static_cast<int>(tile) - 1];
 }
@@ -134,8 +138,13 @@ GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile
 
 cudaError_t ConfigureFormat(int format) {
   if (format >= 0 && (format & kTiledFormat) != 0) {
-    const TiledKernels* kernels = FindTiledKernels(format & ~kTiledFormat);
-    return kernels == nullptr ? cudaSuccess : ConfigureTiled(*kernels, IsHopper());
+    for (const bool centred : {false, true}) {
+      const TiledKernels* kernels = FindTiledKernels(format & ~kTiledFormat, centred);
+      if (kernels == nullptr) continue;
+      const cudaError_t error = ConfigureTiled(*kernels, IsHopper());
+      if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
   }
   const PackedFormat* packed = FindPackedFormat(format);
   if (packed == nullptr) return format >= 0 && HasDenseWide() ? ConfigureDenseWide() : cudaSuccess;

@@ -151,7 +151,7 @@ class Products {
 
   // x prepared and ActivatedOf.
   cudaError_t RunActivated(const Weight& up, const PreparedRows& x, const PreparedRows& h) {
-    const TiledKernel& kernel = ChooseTiledKernel(up, ffn_.TiledTile());
+    const TiledKernel& kernel = ChooseTiledKernel(up, ffn_.TiledTile(), ffn_.Centred());
     Lists lists = {};
     cudaError_t status;
     if (plan::FindsCudaTiles(ffn_.pairs, ffn_.TiledTile())) {
@@ -215,7 +215,7 @@ class Products {
   // y: float32, or float16 that y_scales undo the scaling of.
   cudaError_t RunTiled(const Weight& weight, const PreparedRows& x, int32_t pairs_a_row, void* y,
                        int64_t y_pitch, float* y_scales = nullptr) {
-    const TiledKernel& kernel = ChooseTiledKernel(weight, ffn_.TiledTile());
+    const TiledKernel& kernel = ChooseTiledKernel(weight, ffn_.TiledTile(), ffn_.Centred());
     const cudaError_t status = UseTiles(kernel.tile_tokens);
     if (status != cudaSuccess) return status;
     TiledArgs args = TiledProduct(weight, ViewPrepared(x), pairs_a_row, CurrentLists());
@@ -291,7 +291,8 @@ cudaError_t RunFfn(const Ffn& ffn, cudaStream_t stream) {
     status = products.RunActivated(up, x, h);
     // Down and the sum are one.
     if (status == cudaSuccess && plan::FindsCudaTiles(ffn.pairs, ffn.TiledTile())) {
-      return LaunchTiledDown(*FindTiledKernels(ffn.down.format), DownOf(ffn, h), stream);
+      return LaunchTiledDown(*FindTiledKernels(ffn.down.format, ffn.Centred()), DownOf(ffn, h),
+                             stream);
     }
   } else if (FusesDense(ffn, up)) {
     status = products.RunDenseActivated(ffn.gate ? &*ffn.gate : nullptr, up, x, h);

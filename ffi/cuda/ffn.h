@@ -40,6 +40,7 @@ struct Ffn {
   plan::CudaTiledTile TiledTile() const {
     return plan::ChooseCudaTiledTile(pairs, experts, d_model, d_expert, IsHopper());
   }
+  bool Centred() const { return CentresFields(type, type, variant); }
   bool DenseWide(const Weight& weight) const { return UsesDenseWide(weight, pairs); }
 };
 

@@ -48,7 +48,7 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
     args.pair_weight = call.topk_weights;
     args.y = call.y;
     args.y_type = y_type;
-    return CudaError(kOp, LaunchTiledFew(*FindTiledKernels(weight.format), args, stream));
+    return CudaError(kOp, LaunchTiledFew(*FindTiledKernels(weight.format, /*centred=*/false), args, stream));
   }
   const plan::CudaTile tile = plan::ChooseCudaTile(pairs, weight.experts);
   const plan::CudaTiledTile tiled_tile = plan::ChooseCudaTiledTile(
@@ -58,7 +58,11 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
   const Layout x_layout = weight.tiled
                               ? TiledLayout(tiled_tile)
                               : ChooseLayout(weight, x_type, call.variant, tile, dense_wide);
-  const int tile_tokens = weight.tiled ? ChooseTiledKernel(weight, tiled_tile).tile_tokens
+  const TiledKernel* tiled =
+      weight.tiled ? &ChooseTiledKernel(weight, tiled_tile,
+                                        CentresFields(x_type, y_type, call.variant))
+                   : nullptr;
+  const int tile_tokens = weight.tiled ? tiled->tile_tokens
                           : dense_wide ? kDenseWideTokens
                                        : ChooseKernel(weight, x_layout, tile).tile_tokens;
   auto* tiles = reinterpret_cast<TokenTile*>(memory + layout.tiles);
@@ -96,7 +100,7 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
     args.y = call.y;
     args.y_pitch = weight.rows;
     args.y_type = y_type;
-    status = LaunchTiled(ChooseTiledKernel(weight, tiled_tile), args, stream);
+    status = LaunchTiled(*tiled, args, stream);
   } else if (dense_wide) {
     DenseWideArgs args = DenseWideProduct(weight, x_layout, ViewPrepared(prepared), pairs,
                                           rows_are_pairs ? 1 : top_k, lists);

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <limits>
 
-#include "ffi/blocks/formats.h"
 #include "ffi/cuda/launch_early.h"
 #include "ffi/plan/cuda.h"
 
@@ -52,9 +51,16 @@ cudaError_t LaunchPersistent(const TiledKernel& kernel, TiledArgs args, cudaStre
 
 }  // namespace
 
-const TiledKernels* FindTiledKernels(int format) {
+const TiledKernels* FindTiledKernels(int format, bool centred) {
   const TiledKernels* kernels = nullptr;
-  VisitFormat(format, [&](auto decoder) { kernels = &Tiled<decltype(decoder)>(); });
+  VisitFormat(format, [&](auto decoder) {
+    using Format = decltype(decoder);
+    if constexpr (kHasCentred<Format>) {
+      kernels = centred ? &Tiled<Centred<Format>>() : &Tiled<Format>();
+    } else {
+      kernels = &Tiled<Format>();
+    }
+  });
   return kernels;
 }
 

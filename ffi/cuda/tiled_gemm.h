@@ -5,7 +5,9 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <type_traits>
 
+#include "ffi/blocks/formats.h"
 #include "ffi/cuda/gemm.h"
 #include "ffi/cuda/prepare.h"
 
@@ -114,8 +116,19 @@ struct TiledKernels {
 template <typename Format>
 const TiledKernels& Tiled();
 
-// The kernels for weights of ggml_type `format`; null where there is no such format.
-const TiledKernels* FindTiledKernels(int format);
+// Format's weights with less rounding: from their codes the middle is taken before they are scaled
+// (tiled_unit.cuh). Without `few`, which rounds no weight.
+template <typename Format>
+struct Centred;
+
+// Formats that have Centred kernels.
+template <typename Format>
+inline constexpr bool kHasCentred = std::is_same_v<Format, Q2_K> || std::is_same_v<Format, Q4_K> ||
+                                    std::is_same_v<Format, Q5_K>;
+
+// The kernels for weights of ggml_type `format`, centred if there are such; null where there is no such
+// format.
+const TiledKernels* FindTiledKernels(int format, bool centred);
 
 cudaError_t LaunchTiled(const TiledKernel& kernel, TiledArgs args, cudaStream_t stream);
 

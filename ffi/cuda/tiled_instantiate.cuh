@@ -44,6 +44,15 @@ TiledKernel DescribeTiledWide() {
 }
 
 template <typename Format>
+const void* FewOf() {
+  if constexpr (kIsCentred<Format>) {
+    return nullptr;
+  } else {
+    return reinterpret_cast<const void*>(&TiledFew<Format>);
+  }
+}
+
+template <typename Format>
 const TiledKernels& Tiled() {
   using Narrow = TiledNarrowShape<Format>;
   using Down = TiledDownShape<Format>;
@@ -57,7 +66,7 @@ const TiledKernels& Tiled() {
        Narrow::kRows, sizeof(typename Down::Memory), /*pads_rows=*/false, /*blocks=*/0,
        /*places=*/0, /*most_splits=*/1},
       sizeof(typename Down::Warp),
-      reinterpret_cast<const void*>(&TiledFew<Format>),
+      FewOf<Format>(),
       sizeof(TiledFewShape::Memory)};
   return kernels;
 }

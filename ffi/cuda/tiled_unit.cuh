@@ -10,6 +10,7 @@
 
 #include <type_traits>
 
+#include "ffi/cuda/tiled_centred.cuh"
 #include "ffi/cuda/tiled_planes.cuh"
 
 namespace jax_moe::cuda {
@@ -42,16 +43,19 @@ class LaneUnit {
       half2 scale;
       if constexpr (kIntegerScaled) {
         // In float16 itself: fewer instructions, and no less exact. What rounding takes from the
-        // scale goes into the offset, for the mean of the fields.
+        // scale goes into the offset, for the middle of the fields.
         static_assert(Fields::kExponent == -24);  // kFieldUnit is 1
-        constexpr float kMean = (1 << (Tiling<Format>::kCodeBits - 1)) * 0x1p-24f;
+        const half2 middle = BothHalves(kMiddle * 0x1p-24f);
         const half2 integers = Tiled::Integers(s, at, group);
         const half2 product = __hmul2_rn(integers, factors);  // not fused into what follows
         const half2 error = __hfma2(integers, factors, __hneg2(product));
-        const half2 correction =
-            __hfma2(__low2half2(error), BothHalves(kMean), __hneg2(__high2half2(error)));
+        const half2 rest = __hfma2(__low2half2(error), middle, __hneg2(__high2half2(error)));
         scale = __low2half2(product);
-        offset_[group] = __hsub2(correction, __high2half2(product));
+        if constexpr (kIsCentred<Format>) {
+          offset_[group] = __hadd2(__hfma2(scale, middle, __hneg2(__high2half2(product))), rest);
+        } else {
+          offset_[group] = __hsub2(rest, __high2half2(product));
+        }
       } else {
         const Affine affine =
             Tiled::Scale(s, at, group, normaliser * kFieldUnit, normaliser * 0x1p-24f);
@@ -60,16 +64,16 @@ class LaneUnit {
       }
       if constexpr (Fields::kShifts > 0) {
         const float shift = __low2float(scale) * (0x1p-24f / kFieldUnit);
-        constexpr int kLeft = kTakesBias ? 0 : Fields::kBias;
+        constexpr int kLeft = kTakesBias ? 0 : kBias;
         const half2 plus = BothHalves(shift * (1 - kLeft));
         const half2 minus = BothHalves(shift * (-1 - kLeft));
 #pragma unroll
         for (int i = group * kOffsets / kGroups; i < (group + 1) * kOffsets / kGroups; ++i) {
           offset_[i] = Tiled::IsNegative(s, at, i) ? minus : plus;
         }
-      } else if constexpr (Fields::kBias != 0 && !Format::kHasOffset) {
+      } else if constexpr (kBias != 0 && !Format::kHasOffset) {
         // A multiple of the rounded scale, so that a field of kBias is exactly zero.
-        offset_[group] = __hmul2(scale, BothHalves(-Fields::kBias * 0x1p-24f));
+        offset_[group] = __hmul2(scale, BothHalves(-kBias * 0x1p-24f));
       }
 #pragma unroll
       for (int p = 0; p < Fields::kPositions; ++p) {
@@ -88,10 +92,13 @@ class LaneUnit {
 
  private:
   static constexpr bool kIntegerScaled = std::is_base_of_v<IntegerScaled, Tiled>;
-  // Whether the bias is taken from fields with shifts: of a larger one, rounding the sum of both
+  static_assert(kIntegerScaled == (kHasCentred<Format> || kIsCentred<Format>));
+  static constexpr int kMiddle = kIntegerScaled ? 1 << (Tiling<Format>::kCodeBits - 1) : 0;
+  static constexpr int kBias = kIsCentred<Format> ? kMiddle : Fields::kBias;
+  // Whether fields lose their bias, where there are shifts a larger one: rounding the sum of both
   // would take too much.
-  static constexpr bool kTakesBias = Fields::kShifts > 0 && Fields::kBias > 8;
-  static constexpr bool kAddsOffset = Format::kHasOffset || Fields::kBias != 0;
+  static constexpr bool kTakesBias = kIsCentred<Format> || (Fields::kShifts > 0 && kBias > 8);
+  static constexpr bool kAddsOffset = Format::kHasOffset || kBias != 0;
   static constexpr int kOffsets = Fields::kShifts > 0 ? Fields::kShifts : kGroups;
   // What the normaliser's 2^24 has too much for fields that are not multiples of 2^-24.
   static constexpr float kFieldUnit = 1.0f / (1 << (24 + Fields::kExponent));
@@ -106,9 +113,8 @@ class LaneUnit {
     half2 field = Halves(Fields::template Pair<i>(q_));
     if constexpr (kTakesBias) {
       // Both are integers times 2^-24: exact.
-      constexpr uint32_t kBias =
-          (Fields::kBias << (position * Fields::kShift + 24 + Fields::kExponent)) * 0x00010001u;
-      field = __hsub2(field, Halves(kBias));
+      constexpr int kAt = position * Fields::kShift + 24 + Fields::kExponent;
+      field = __hsub2(field, Halves((kBias << kAt) * 0x00010001u));
     }
     if constexpr (kAddsOffset) {
       return Bits(__hfma2(field, scale_[group][position], offset_[i * kOffsets / 16]));
