@@ -105,6 +105,18 @@ __device__ __forceinline__ void BulkCopy(void* shared, const void* global, uint3
       : "memory");
 }
 
+// The same of what is hardly read again before L2 needs its place: it takes none from what is.
+__device__ __forceinline__ void BulkCopyOnce(void* shared, const void* global, uint32_t bytes,
+                                             uint64_t* barrier) {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1], %2, [%3], %4;" ::"r"(SharedAddress(shared)),
+      "l"(global), "r"(bytes), "r"(SharedAddress(barrier)), "l"(policy)
+      : "memory");
+}
+
 // Four 8 x 8 matrices of 16-bit values, of which a lane gives two of a column each, to rows of 16
 // bytes, the addresses of which eight lanes give for each.
 __device__ __forceinline__ void StoreMatrices(void* row, const uint32_t (&words)[4]) {

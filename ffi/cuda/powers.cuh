@@ -17,4 +17,10 @@ __device__ __forceinline__ float PowerOfTwo(int exponent) {  // -126 .. 127
   return __int_as_float((127 + exponent) << 23);
 }
 
+// 2^24 over a row's normaliser, a power of two, and the other way round; of NaN, which a normaliser
+// may be, a number of which this is NaN again.
+__device__ __forceinline__ float InverseNormaliser(float x) {
+  return __uint_as_float((278u << 23) - __float_as_uint(x));
+}
+
 }  // namespace jax_moe::cuda

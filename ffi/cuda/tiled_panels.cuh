@@ -205,7 +205,7 @@ class TiledPanelsBlock {
         if (lane == 0) ArriveExpectBytes(m_.weights_full + w.stage, Shape::kBands * bytes);
         __syncwarp();
         if (lane < Shape::kBands) {
-          BulkCopy(m_.weights[w.stage][lane], band, bytes, m_.weights_full + w.stage);
+          BulkCopyOnce(m_.weights[w.stage][lane], band, bytes, m_.weights_full + w.stage);
         }
         band += bytes;
         w.Next();
@@ -270,7 +270,7 @@ class TiledPanelsBlock {
     m_.factor[token] = factor;
   }
 
-  // 2^24 over the normalisers of the lane's rows.
+  // Of the lane's rows.
   __device__ __forceinline__ void LoadNormalisers(int panel, float (&normaliser)[2][2]) const {
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile) {
@@ -279,7 +279,7 @@ class TiledPanelsBlock {
       const int64_t first = tile_.expert * matrix.expert_rows + BandOf(panel, slot) * 16;
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        normaliser[tile][r] = 0x1p24f / matrix.aux[(first + RowOf(r)) * 2];
+        normaliser[tile][r] = matrix.aux[(first + RowOf(r)) * 2];
       }
     }
   }
@@ -292,13 +292,20 @@ class TiledPanelsBlock {
     RingPosition<Shape::kWeightStages> w;
     TokenPosition x;
     for (int panel = first_panel_; panel < end_panel_; ++panel) {
-      MultiplyTile<Shape::kFewestColumns>(normaliser, w, x);
+      float inverse[2][2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        inverse[i / 2][i % 2] = InverseNormaliser(normaliser[i / 2][i % 2]);
+      }
+      MultiplyTile<Shape::kFewestColumns>(inverse, w, x);
       if constexpr (Shape::kMostSplits > 1) {
         if (ClusterSize() > 1 && !GatherSums()) return;
       }
       float scale[2][2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scale[i / 2][i % 2] = 0x1p24f / normaliser[i / 2][i % 2];
+      for (int i = 0; i < 4; ++i) {
+        scale[i / 2][i % 2] = InverseNormaliser(inverse[i / 2][i % 2]);
+      }
       // On their way while results are stored.
       LoadNormalisers(min(panel + 1, end_panel_ - 1), normaliser);
       StoreResults(panel, scale);
@@ -342,18 +349,18 @@ class TiledPanelsBlock {
 
   // With as many columns of products as the tile's tokens need.
   template <int kColumns>
-  __device__ __forceinline__ void MultiplyTile(const float (&normaliser)[2][2],
+  __device__ __forceinline__ void MultiplyTile(const float (&inverse)[2][2],
                                                RingPosition<Shape::kWeightStages>& w,
                                                TokenPosition& x) {
     if constexpr (kColumns < kTokens) {
       constexpr int kNext = kColumns + Shape::kColumnStep;
-      if (Columns() > kColumns) return MultiplyTile<kNext>(normaliser, w, x);
+      if (Columns() > kColumns) return MultiplyTile<kNext>(inverse, w, x);
     }
-    Multiply<kColumns>(normaliser, w, x);
+    Multiply<kColumns>(inverse, w, x);
   }
 
   template <int kColumns>
-  __device__ __forceinline__ void Multiply(const float (&normaliser)[2][2],
+  __device__ __forceinline__ void Multiply(const float (&inverse)[2][2],
                                            RingPosition<Shape::kWeightStages>& w,
                                            TokenPosition& x) {
     const int lane = Lane();
@@ -372,7 +379,7 @@ class TiledPanelsBlock {
       for (int i = 0; i < 4; ++i) {
         place.row = RowOf(i % 2);
         unit[i / 2][i % 2].Load(m_.weights[w.stage][SlotOf(i / 2)], place,
-                                normaliser[i / 2][i % 2]);
+                                inverse[i / 2][i % 2]);
       }
       if (part == Shape::kAtomChunks - 1 || chunk == chunks_ - 1) {
         __syncwarp();

@@ -2,6 +2,7 @@
 // tokens.
 #pragma once
 
+#include "ffi/cuda/powers.cuh"
 #include "ffi/cuda/ptx.cuh"
 #include "ffi/cuda/tiled_unit.cuh"
 #include "ffi/cuda/warp_ring.cuh"
@@ -80,17 +81,14 @@ struct BandSums {
 
   __device__ __forceinline__ void Begin(const float (&aux)[16][2]) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) factor[i] = Inverse(aux[threadIdx.x % 32 / 4 + 8 * i][0]);
+    for (int i = 0; i < 2; ++i) {
+      factor[i] = InverseNormaliser(aux[threadIdx.x % 32 / 4 + 8 * i][0]);
+    }
 #pragma unroll
     for (float& value : sum) value = 0;
   }
-  __device__ __forceinline__ float Sum(int i) const { return sum[i] * Inverse(factor[i / 2]); }
-
- private:
-  // 2^24 / x of a power of two; of NaN, which a normaliser may be, a number by which the sum is NaN
-  // again.
-  static __device__ __forceinline__ float Inverse(float x) {
-    return __uint_as_float((278u << 23) - __float_as_uint(x));
+  __device__ __forceinline__ float Sum(int i) const {
+    return sum[i] * InverseNormaliser(factor[i / 2]);
   }
 };
 
