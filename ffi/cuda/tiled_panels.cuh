@@ -30,11 +30,11 @@ namespace jax_moe::cuda {
 
 template <typename Format, int kTokens>
 struct TiledPanelsShape {
-  static constexpr int kGroups = kTokens >= 128 ? 2 : 1;  // warpgroups that multiply
+  static constexpr int kGroups = kTokens >= 96 ? 2 : 1;  // warpgroups that multiply
   static constexpr int kThreads = 128 * (kGroups + 1);
-  static constexpr int kBlocks = kTokens >= 128 ? 1 : kTokens >= 64 ? 2 : 3;  // a multiprocessor
+  static constexpr int kBlocks = kTokens >= 96 ? 1 : kTokens >= 64 ? 2 : 3;  // a multiprocessor
   static constexpr int kProducerRegisters = 40;
-  static constexpr int kConsumerRegisters = kTokens >= 128 ? 232 : kTokens >= 64 ? 216 : 120;
+  static constexpr int kConsumerRegisters = kTokens >= 96 ? 232 : kTokens >= 64 ? 216 : 120;
   static constexpr int kTokenThreads = 96;  // that gather tokens: the producers' last three warps
   // Columns of a product: a multiple of kColumnStep, and no fewer than kFewestColumns.
   static constexpr int kColumnStep = 16;

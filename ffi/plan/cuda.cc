@@ -105,7 +105,7 @@ CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, 
   };
   // With few columns it is the results that take time, and two blocks a multiprocessor share it better.
   const bool short_rows = mean <= 72 && columns <= 1024;
-  if (mean > 48 && short_rows && !few(96, 128)) return CudaTiledTile::k96;
+  if (mean > 48 && short_rows && !few(96, 256)) return CudaTiledTile::k96;
   if (mean > 48 && !short_rows && !few(128, 256)) return CudaTiledTile::k128;
   return mean > 24 && !few(64, 128) ? CudaTiledTile::k64 : CudaTiledTile::k32;
 }
@@ -211,7 +211,7 @@ Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int
   const int tokens[] = {8, 32, 64, 96, 128};
   kernel.name = narrow ? "cuda_tiled_mma" : "cuda_tiled_wgmma";
   kernel.tile_tokens = tokens[static_cast<int>(tile)];
-  kernel.tile_rows = narrow ? 16 : tile == CudaTiledTile::k128 ? 256 : 128;
+  kernel.tile_rows = narrow ? 16 : kernel.tile_tokens >= 96 ? 256 : 128;
   // Scales rounded to f16 add up over the two products.
   if (is_ffn && kernel.error_bound < 1e-3) kernel.error_bound = 1e-3;
   return kernel;
