@@ -92,11 +92,12 @@ def tiled_ffn(tokens: int, dtype=jnp.float16, experts: int = 64):
         (192, 64, "cuda_tiled_mma", (16, 8)),
         (320, 64, "cuda_tiled_wgmma", (128, 32)),
         (1280, 64, "cuda_tiled_wgmma", (128, 64)),
-        (2048, 64, "cuda_tiled_wgmma", (128, 96)),
+        (3072, 96, "cuda_tiled_wgmma", (256, 96)),
         (8000, 64, "cuda_tiled_wgmma", (256, 128)),
         # Blocks of larger tiles would be few.
         (500, 4, "cuda_tiled_wgmma", (128, 32)),
         (1300, 4, "cuda_tiled_wgmma", (128, 64)),
+        (2048, 64, "cuda_tiled_wgmma", (128, 64)),
         (12000, 4, "cuda_tiled_wgmma", (256, 128)),
     ],
 )

@@ -38,7 +38,7 @@ struct Ffn {
   float* Values() const { return reinterpret_cast<float*>(memory + layout.values); }
   plan::CudaTile Tile() const { return plan::ChooseCudaTile(pairs, experts); }
   plan::CudaTiledTile TiledTile() const {
-    return plan::ChooseCudaTiledTile(pairs, experts, d_model, d_expert, IsHopper());
+    return plan::ChooseCudaTiledTile(pairs, experts, d_model, IsHopper());
   }
   bool Centred() const { return CentresFields(type, type, variant); }
   bool DenseWide(const Weight& weight) const { return UsesDenseWide(weight, pairs); }

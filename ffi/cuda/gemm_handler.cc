@@ -51,8 +51,8 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
     return CudaError(kOp, LaunchTiledFew(*FindTiledKernels(weight.format, /*centred=*/false), args, stream));
   }
   const plan::CudaTile tile = plan::ChooseCudaTile(pairs, weight.experts);
-  const plan::CudaTiledTile tiled_tile = plan::ChooseCudaTiledTile(
-      pairs, weight.experts, weight.rows, weight.columns, IsHopper());
+  const plan::CudaTiledTile tiled_tile =
+      plan::ChooseCudaTiledTile(pairs, weight.experts, weight.rows, IsHopper());
   const bool rounds = call.variant == Variant::kScalarGguf;
   const bool dense_wide = UsesDenseWide(weight, pairs);
   const Layout x_layout = weight.tiled

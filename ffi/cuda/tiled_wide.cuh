@@ -159,8 +159,9 @@ class TiledWideBlock {
             if (lane == 0) ArriveExpectBytes(m_.weights_full + w.stage, Shape::kBands * bytes);
             __syncwarp();
             if (copies_weights) {
-              BulkCopy(m_.weights[w.stage][lane], band + TiledRow<Format>::BandBytes(column), bytes,
-                       m_.weights_full + w.stage);
+              BulkCopyOnce(m_.weights[w.stage][lane],
+                           band + TiledRow<Format>::BandBytes(column), bytes,
+                           m_.weights_full + w.stage);
             }
           }
           w.Next();

@@ -93,8 +93,7 @@ int64_t LikelyCudaTiles(int64_t pairs, int64_t experts, int64_t tile_tokens) {
   return std::min(pairs, experts * tiles);
 }
 
-CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, int64_t columns,
-                                  bool hopper) {
+CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, bool hopper) {
   constexpr int64_t kFewBlocks = 80;  // Hopper has 132 multiprocessors
   const double mean =
       static_cast<double>(pairs) / static_cast<double>(std::max<int64_t>(experts, 1));
@@ -103,10 +102,9 @@ CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, 
     const int64_t bands = (rows + block_rows - 1) / block_rows;
     return LikelyCudaTiles(pairs, experts, tokens) * bands < kFewBlocks;
   };
-  // With few columns it is the results that take time, and two blocks a multiprocessor share it better.
-  const bool short_rows = mean <= 72 && columns <= 1024;
-  if (mean > 48 && short_rows && !few(96, 256)) return CudaTiledTile::k96;
-  if (mean > 48 && !short_rows && !few(128, 256)) return CudaTiledTile::k128;
+  // With a larger mean, too many experts have more than 96 pairs.
+  if (mean > 48 && mean <= 72 && !few(96, 256)) return CudaTiledTile::k96;
+  if (mean > 48 && !few(128, 256)) return CudaTiledTile::k128;
   return mean > 24 && !few(64, 128) ? CudaTiledTile::k64 : CudaTiledTile::k32;
 }
 
@@ -206,7 +204,7 @@ Kernel CudaTiledKernel(bool is_ffn, Variant variant, int x_type, int y_type, int
     kernel.tile_tokens = 2;
     return kernel;
   }
-  const CudaTiledTile tile = ChooseCudaTiledTile(pairs, experts, rows, columns, hopper);
+  const CudaTiledTile tile = ChooseCudaTiledTile(pairs, experts, rows, hopper);
   const bool narrow = tile == CudaTiledTile::kNarrow;
   const int tokens[] = {8, 32, 64, 96, 128};
   kernel.name = narrow ? "cuda_tiled_mma" : "cuda_tiled_wgmma";

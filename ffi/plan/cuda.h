@@ -19,11 +19,10 @@ CudaTile ChooseCudaTile(int64_t pairs, int64_t experts);
 CudaTile FitCudaTile(CudaTile tile, int format, int64_t shared_limit);
 
 // The kernels for tiled weights: 8 tokens a tile, or on Hopper 32, 64, 96 or 128. From the mean number
-// of pairs an expert and, of a moe_ffn's down projection, an expert's columns, but smaller where its rows
-// are so few that larger tiles would leave many multiprocessors without one.
+// of pairs an expert, but smaller where a moe_ffn's down projection has so few rows that larger tiles
+// would leave many multiprocessors without one.
 enum class CudaTiledTile : int { kNarrow = 0, k32 = 1, k64 = 2, k96 = 3, k128 = 4 };
-CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, int64_t columns,
-                                  bool hopper);
+CudaTiledTile ChooseCudaTiledTile(int64_t pairs, int64_t experts, int64_t rows, bool hopper);
 
 // The number of tiles if all experts have the same number of pairs.
 int64_t LikelyCudaTiles(int64_t pairs, int64_t experts, int64_t tile_tokens);
