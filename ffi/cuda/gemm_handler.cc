@@ -48,7 +48,8 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
     args.pair_weight = call.topk_weights;
     args.y = call.y;
     args.y_type = y_type;
-    return CudaError(kOp, LaunchTiledFew(*FindTiledKernels(weight.format, /*centred=*/false), args, stream));
+    const TiledKernels& kernels = *FindTiledKernels(weight.format, /*centred=*/false);
+    return CudaError(kOp, LaunchTiledFew(kernels, args, stream));
   }
   const plan::CudaTile tile = plan::ChooseCudaTile(pairs, weight.experts);
   const plan::CudaTiledTile tiled_tile =
