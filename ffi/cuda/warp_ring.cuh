@@ -62,7 +62,7 @@ class WarpRing {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if (ElectLane()) {
       ArriveExpectBytes(Full(fetched_), bytes + Shape::kAuxBytes);
-      BulkCopyOnce(stage.weights, from, bytes, Full(fetched_));
+      BulkCopy(stage.weights, from, bytes, Full(fetched_));
       BulkCopy(stage.aux[0], aux, Shape::kAuxBytes, Full(fetched_));
     }
 #else
@@ -77,7 +77,7 @@ class WarpRing {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if (ElectLane()) {
       ArriveExpectBytes(Full(fetched_), bytes);
-      BulkCopyOnce(stage.weights, from, bytes, Full(fetched_));
+      BulkCopy(stage.weights, from, bytes, Full(fetched_));
     }
 #else
     CopyPieces(stage.weights, from, bytes);
