@@ -83,6 +83,10 @@ class SortBlock {
     begin_ = warp_ < warps_ ? static_cast<int>(min(begin, args.pairs)) : pairs_;
     end_ = begin_ + min(share, pairs_ - begin_);
     bits_ = 32 - __clz(args.experts);
+    // Where most experts have one tile, for those of an expert find its weights in L2 together.
+    largest_first_ = args.tiles != nullptr && !args.even_tiles && args.tile_tokens > 8 &&
+                     args.experts <= kSortThreads &&
+                     args.pairs <= int64_t{args.experts} * args.tile_tokens;
   }
 
   // Before Run; needs no ids.
@@ -199,7 +203,11 @@ class SortBlock {
         for (int w = 0; w < kSortWarps; ++w) number += here[w];
       }
       const int tiles = bucket < args_.experts ? Tiles(number) : 0;
-      const int2 begin = BlockScan({number, tiles}, warp_sums[base / kSortThreads % 2], total);
+      int2 begin = BlockScan({number, tiles}, warp_sums[base / kSortThreads % 2], total);
+      // All tiles are those of the first round.
+      if (largest_first_ && ClusterRank() == 0 && base == 0) {
+        begin.y = PlaceTiles(TileSize(number, tiles), tiles);
+      }
       if (!has) continue;
       int next = begin.x + before;
 #pragma unroll
@@ -225,13 +233,31 @@ class SortBlock {
 
   // Of nearly equal size, in units of what a tensor core multiplies at a time. With an even number
   // the last one may be empty.
-  __device__ void WriteTiles(int bucket, int pairs, int tiles, int2 begin) const {
+  __device__ int TileSize(int pairs, int tiles) const {
     constexpr unsigned kUnit = 8;
-    int size = pairs;
-    if (tiles > 1) {
-      const unsigned even = static_cast<unsigned>(pairs + tiles - 1) / static_cast<unsigned>(tiles);
-      size = args_.tile_tokens <= kUnit ? args_.tile_tokens : (even + kUnit - 1) / kUnit * kUnit;
-    }
+    if (tiles <= 1) return pairs;
+    if (args_.tile_tokens <= kUnit) return args_.tile_tokens;
+    const unsigned even = static_cast<unsigned>(pairs + tiles - 1) / static_cast<unsigned>(tiles);
+    return (even + kUnit - 1) / kUnit * kUnit;
+  }
+
+  // Of the tiles of all experts where the thread's begin, if the largest come first, so that a
+  // kernel does not end with a few large ones: by 16 tokens, those that lack more than 48 alike.
+  __device__ int PlaceTiles(int size, int tiles) const {
+    __shared__ int2 warp_sums[kSortWarps];
+    const int rank = min((args_.tile_tokens - size) / 16, 3), shift = rank % 2 * 16;
+    int2 total = {0, 0};
+    const int number = tiles << shift;  // 16 bits for each rank
+    const int2 before = BlockScan(rank < 2 ? int2{number, 0} : int2{0, number}, warp_sums, total);
+    int place = (rank < 2 ? before.x : before.y) >> shift & 0xffff;
+    if (rank > 0) place += total.x & 0xffff;
+    if (rank > 1) place += total.x >> 16;
+    if (rank > 2) place += total.y & 0xffff;
+    return place;
+  }
+
+  __device__ void WriteTiles(int bucket, int pairs, int tiles, int2 begin) const {
+    const int size = TileSize(pairs, tiles);
     for (int i = 0; i < tiles; ++i) {
       const int start = i * size;
       args_.tiles[begin.y + i] = {bucket, begin.x + start, max(min(size, pairs - start), 0), 0};
@@ -313,6 +339,7 @@ class SortBlock {
   const Divisor by_tile_tokens_;
   int begin_, end_;    // the warp's pairs
   int bits_;           // of a bucket
+  bool largest_first_;
   int32_t* counts_;    // [warps, buckets]: the pairs of every bucket
   int32_t* received_;  // [blocks, buckets]: the same of the cluster's blocks
 };
