@@ -17,7 +17,7 @@ struct SortArgs {
   int32_t* sorted;      // [pairs]: pair ids in order
   int32_t* sorted_ids;  // [pairs]: their expert ids; null: not wanted
   int32_t* offsets;     // [experts + 1]: where every expert begins; the number of valid pairs
-  TokenTile* tiles;     // null: not wanted
+  TokenTile* tiles;     // by expert; where most have one, the largest first; null: not wanted
   int32_t* num_tiles;
   int32_t tile_tokens;
   bool even_tiles;  // an expert with more than one tile has an even number of them
