@@ -83,7 +83,7 @@ class SortBlock {
     begin_ = warp_ < warps_ ? static_cast<int>(min(begin, args.pairs)) : pairs_;
     end_ = begin_ + min(share, pairs_ - begin_);
     bits_ = 32 - __clz(args.experts);
-    // Where most experts have one tile, for those of an expert find its weights in L2 together.
+    // Where most experts have one tile; with more it has not been measured.
     largest_first_ = args.tiles != nullptr && !args.even_tiles && args.tile_tokens > 8 &&
                      args.experts <= kSortThreads &&
                      args.pairs <= int64_t{args.experts} * args.tile_tokens;

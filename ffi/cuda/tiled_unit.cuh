@@ -95,8 +95,8 @@ class LaneUnit {
   static_assert(kIntegerScaled == (kHasCentred<Format> || kIsCentred<Format>));
   static constexpr int kMiddle = kIntegerScaled ? 1 << (Tiling<Format>::kCodeBits - 1) : 0;
   static constexpr int kBias = kIsCentred<Format> ? kMiddle : Fields::kBias;
-  // Whether fields lose their bias, where there are shifts a larger one: rounding the sum of both
-  // would take too much.
+  // Whether fields lose their bias. Those with shifts do if it is larger than these: rounding the sum
+  // of both would take too much.
   static constexpr bool kTakesBias = kIsCentred<Format> || (Fields::kShifts > 0 && kBias > 8);
   static constexpr bool kAddsOffset = Format::kHasOffset || kBias != 0;
   static constexpr int kOffsets = Fields::kShifts > 0 ? Fields::kShifts : kGroups;
