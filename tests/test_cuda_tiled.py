@@ -19,8 +19,8 @@ pytestmark = pytest.mark.gpu
 
 INT32 = np.iinfo(np.int32)
 # Tokens, experts, slots, rows: by the mean number of pairs an expert, and by blocks enough for
-# tiles of 64, 96 and 128 tokens, they reach every kernel. Up to two pairs an expert are multiplied as
-# they are, and up to 32 are not sorted.
+# tiles of 64, 96 and 128 tokens, they reach every kernel. Up to two pairs an expert are multiplied
+# as they are, and up to 32 are not sorted.
 SHAPES = ((1, 5, 2, 48), (3, 7, 2, 16), (17, 4, 2, 208))
 SHAPES += ((640, 40, 2, 208), (1400, 20, 2, 272), (1280, 40, 2, 272), (5, 4, 3, 112))
 TOKENS = tuple(shape[0] for shape in SHAPES)
