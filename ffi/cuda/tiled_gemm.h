@@ -116,8 +116,8 @@ struct TiledKernels {
 template <typename Format>
 const TiledKernels& Tiled();
 
-// Format's weights with less rounding: from their codes the middle is taken before they are scaled
-// (tiled_unit.cuh). Without `few`, which rounds no weight.
+// Format's weights with less rounding (tiled_centred.cuh). Its kernels are without `few`, which rounds no
+// weight.
 template <typename Format>
 struct Centred;
 
