@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-BATCH_SECONDS = 0.025  # of back-to-back calls between two readings of the clock
+BATCH_SECONDS = 0.025  # of back-to-back calls between two readings of the clock, or four times that
 REPEATS = 5
 FEW_TOKENS = 1024
 ROUNDS = 8  # of a chain of few tokens in one program
@@ -14,15 +14,22 @@ SLOW_SECONDS = 0.25  # a call that takes longer is timed once
 
 
 def median_time(call, batch_seconds: float | None = None) -> float:
-    """Seconds of one call(), the median over batches of back-to-back calls."""
+    """Seconds of one call(), from medians over batches of back-to-back calls.
+
+    That is what the calls take by which long batches are longer than short ones: to start the first
+    call and to learn of the end of the last one takes milliseconds where a program has many arrays.
+    """
     batch_seconds = BATCH_SECONDS if batch_seconds is None else batch_seconds
     for _ in range(2):  # compiles; a command buffer is recorded on the second execution
         jax.block_until_ready(call())
     once = _seconds(call, 1)
     if once > SLOW_SECONDS:
         return once
-    batch = int(np.ceil(batch_seconds / max(_seconds(call, 3), 1e-6)))
-    return float(np.median([_seconds(call, batch) for _ in range(REPEATS)]))
+    batch = int(np.ceil(3 * batch_seconds / max(_seconds(call, 3), 1e-6)))
+    counts = (batch, 4 * batch)
+    short, long = np.median([[_seconds(call, n) for n in counts] for _ in range(REPEATS)], axis=0)
+    # The second one is larger only where other work disturbs very short batches.
+    return float(max(long - short, long / 4) / (3 * batch))
 
 
 def chain_seconds(chain, x, *arguments, tokens: int) -> float:
@@ -42,11 +49,12 @@ def chain_seconds(chain, x, *arguments, tokens: int) -> float:
 
 
 def _seconds(call, count: int) -> float:
+    """Of `count` calls together."""
     start = time.perf_counter()
     for _ in range(count):
         result = call()
     jax.block_until_ready(result)
-    return (time.perf_counter() - start) / count
+    return time.perf_counter() - start
 
 
 def ceilings() -> dict:

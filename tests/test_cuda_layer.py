@@ -16,7 +16,14 @@ from jax_moe import Routing
 pytestmark = pytest.mark.gpu
 
 # Tokens, experts, slots, d_model and d_expert at least: up to 32 pairs.
-SHAPES = ((1, 9, 8, 700, 300), (2, 9, 8, 96, 500), (3, 5, 5, 1100, 90), (4, 17, 8, 300, 200))
+SHAPES = (
+    (1, 9, 8, 700, 300),
+    (2, 9, 8, 96, 500),
+    (3, 5, 5, 1100, 90),
+    (4, 17, 8, 300, 200),
+    (5, 35, 6, 520, 60),
+    (8, 32, 4, 260, 130),
+)
 MIXED = (("Q2_K", "Q3_K"), ("Q3_K", "Q4_K"), ("Q3_K", "Q5_K"), ("Q4_K", "Q6_K"), ("Q5_K", "Q6_K"))
 
 

@@ -88,7 +88,12 @@ def tiled_ffn(tokens: int, dtype=jnp.float16, experts: int = 64):
     [
         (1, 64, "cuda_tiled_layer", (16, 1)),
         (4, 64, "cuda_tiled_layer", (16, 2)),
-        (5, 64, "cuda_tiled_mma", (16, 8)),
+        (4, 4, "cuda_tiled_layer", (16, 2)),
+        (8, 64, "cuda_tiled_layer", (16, 2)),
+        (9, 64, "cuda_tiled_mma", (16, 8)),
+        # More than a pair an expert.
+        (8, 16, "cuda_tiled_layer", (16, 2)),
+        (8, 15, "cuda_tiled_mma", (16, 8)),
         (192, 64, "cuda_tiled_mma", (16, 8)),
         (320, 64, "cuda_tiled_wgmma", (128, 32)),
         (1280, 64, "cuda_tiled_wgmma", (128, 64)),

@@ -138,13 +138,12 @@ GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile
 
 cudaError_t ConfigureFormat(int format) {
   if (format >= 0 && (format & kTiledFormat) != 0) {
-    for (const bool centred : {false, true}) {
-      const TiledKernels* kernels = FindTiledKernels(format & ~kTiledFormat, centred);
-      if (kernels == nullptr) continue;
-      const cudaError_t error = ConfigureTiled(*kernels, IsHopper());
-      if (error != cudaSuccess) return error;
-    }
-    return cudaSuccess;
+    const TiledKernels* kernels = FindTiledKernels(format & ~kTiledFormat, false);
+    const TiledKernels* centred = FindTiledKernels(format & ~kTiledFormat, true);
+    if (kernels == nullptr) return cudaSuccess;
+    const cudaError_t error = ConfigureTiled(*kernels, IsHopper());
+    if (error != cudaSuccess || centred == kernels) return error;
+    return ConfigureTiled(*centred, IsHopper());
   }
   const PackedFormat* packed = FindPackedFormat(format);
   if (packed == nullptr) return format >= 0 && HasDenseWide() ? ConfigureDenseWide() : cudaSuccess;

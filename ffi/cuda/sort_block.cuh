@@ -83,10 +83,6 @@ class SortBlock {
     begin_ = warp_ < warps_ ? static_cast<int>(min(begin, args.pairs)) : pairs_;
     end_ = begin_ + min(share, pairs_ - begin_);
     bits_ = 32 - __clz(args.experts);
-    // Where most experts have one tile; with more it has not been measured.
-    largest_first_ = args.tiles != nullptr && !args.even_tiles && args.tile_tokens > 8 &&
-                     args.experts <= kSortThreads &&
-                     args.pairs <= int64_t{args.experts} * args.tile_tokens;
   }
 
   // Before Run; needs no ids.
@@ -181,6 +177,10 @@ class SortBlock {
   // From the number of pairs in every bucket to where each warp's begin, and to the tiles.
   __device__ void PlaceBuckets() {
     __shared__ int2 warp_sums[2][kSortWarps];
+    // Where most experts have one tile; with more it has not been measured.
+    const bool largest_first = args_.tiles != nullptr && !args_.even_tiles &&
+                               args_.tile_tokens > 8 && args_.experts <= kSortThreads &&
+                               pairs_ <= int64_t{args_.experts} * args_.tile_tokens;
     int2 total = {0, 0};
     for (int base = 0; base < buckets_; base += kSortThreads) {
       const int bucket = base + static_cast<int>(threadIdx.x);
@@ -205,7 +205,7 @@ class SortBlock {
       const int tiles = bucket < args_.experts ? Tiles(number) : 0;
       int2 begin = BlockScan({number, tiles}, warp_sums[base / kSortThreads % 2], total);
       // All tiles are those of the first round.
-      if (largest_first_ && ClusterRank() == 0 && base == 0) {
+      if (largest_first && ClusterRank() == 0 && base == 0) {
         begin.y = PlaceTiles(TileSize(number, tiles), tiles);
       }
       if (!has) continue;
@@ -339,7 +339,6 @@ class SortBlock {
   const Divisor by_tile_tokens_;
   int begin_, end_;    // the warp's pairs
   int bits_;           // of a bucket
-  bool largest_first_;
   int32_t* counts_;    // [warps, buckets]: the pairs of every bucket
   int32_t* received_;  // [blocks, buckets]: the same of the cluster's blocks
 };

@@ -1,4 +1,4 @@
-// A whole layer for up to 4 tokens and 32 pairs in one cooperative kernel, Hopper's.
+// A whole layer for up to 8 tokens and 32 pairs in one cooperative kernel, Hopper's.
 //
 // With so few tokens launches, prologues and the first bytes' way add up to more than the memory's
 // time. Here weights are on their way as soon as the ids are known, and keep coming until the last

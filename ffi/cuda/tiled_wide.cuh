@@ -9,6 +9,7 @@
 #pragma once
 
 #include "ffi/cuda/hopper.cuh"
+#include "ffi/cuda/powers.cuh"
 #include "ffi/cuda/ptx.cuh"
 #include "ffi/cuda/tiled_chunk.cuh"
 #include "ffi/cuda/tiled_epilogue.cuh"
@@ -225,7 +226,7 @@ class TiledWideBlock {
     float normaliser[2][2];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      normaliser[i / 2][i % 2] = 0x1p24f / RowScale(Slot(i / 2), g + 8 * (i % 2));
+      normaliser[i / 2][i % 2] = InverseNormaliser(RowScale(Slot(i / 2), g + 8 * (i % 2)));
     }
     RingPosition<Shape::kWeightStages> w;
     RingPosition<Shape::kTokenStages> x;

@@ -296,11 +296,11 @@ std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t
   constexpr int64_t kRows = 16;  // of a band
   const FfnShape& shape = problem.shape;
   const int64_t pairs = tokens * shape.top_k;
-  // E2M1 codes take hardly fewer instructions than in the kernels for up to 8 tokens, which have
-  // less to do at 4 tokens (gpt-oss: 88 us against 89).
   const int up = (problem.up_format >= 0 ? problem.up_format : problem.gate_format) & ~kTiledFormat;
   const int down = problem.down_format & ~kTiledFormat;
-  const int64_t most = up == MXFP4::kType || up == NVFP4::kType ? 2 : kCudaLayerTokens;
+  // An expert's third token has its weights read again. With more than a pair an expert the kernels
+  // for up to 8 tokens draw level at 5 tokens (Mixtral-8x7B).
+  const int64_t most = pairs <= shape.experts ? kCudaLayerTokens : kCudaLayerTokens / 2;
   if (!hopper || !CudaFuses(problem) || !HasCudaLayer(up, down) || tokens < 1 || tokens > most ||
       pairs > kCudaFewPairs || shape.d_expert == 0 ||
       std::max(shape.d_model, shape.d_expert) > kMostColumns) {

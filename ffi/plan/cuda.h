@@ -86,7 +86,7 @@ bool CudaFuses(const FfnProblem& problem);
 
 // The kernel for a whole layer of few tokens (ffi/cuda/tiled_layer.cuh), Hopper's: one block a
 // multiprocessor, and what it has in shared memory: the kernel's own, x, sums.
-inline constexpr int64_t kCudaLayerWarps = 16, kCudaLayerTokens = 4;
+inline constexpr int64_t kCudaLayerWarps = 16, kCudaLayerTokens = 8;
 struct CudaLayerShape {
   int64_t blocks;
   int64_t x_pitch;  // values
