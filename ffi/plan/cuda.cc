@@ -296,13 +296,10 @@ std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t
   constexpr int64_t kRows = 16;  // of a band
   const FfnShape& shape = problem.shape;
   const int64_t pairs = tokens * shape.top_k;
-  // E2M1 codes take hardly fewer instructions than in the kernels for up to 8 tokens, which have
-  // less to do at 4 tokens (gpt-oss: 88 us against 89).
   const int up = (problem.up_format >= 0 ? problem.up_format : problem.gate_format) & ~kTiledFormat;
   const int down = problem.down_format & ~kTiledFormat;
-  const int64_t most = up == MXFP4::kType || up == NVFP4::kType ? 2 : kCudaLayerTokens;
-  if (!hopper || !CudaFuses(problem) || !HasCudaLayer(up, down) || tokens < 1 || tokens > most ||
-      pairs > kCudaFewPairs || shape.d_expert == 0 ||
+  if (!hopper || !CudaFuses(problem) || !HasCudaLayer(up, down) || tokens < 1 ||
+      tokens > kCudaLayerTokens || pairs > kCudaFewPairs || shape.d_expert == 0 ||
       std::max(shape.d_model, shape.d_expert) > kMostColumns) {
     return std::nullopt;
   }
@@ -310,14 +307,18 @@ std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t
   const int64_t items = pairs * (shape.d_expert / kRows), bands = shape.d_model / kRows;
   CudaLayerShape result;
   result.blocks = std::min(multiprocessors, std::max(items, bands));
+  const int64_t most_bands = share(bands, result.blocks);
+  // A block waits for another's values only where that leaves fewer to the one that has most.
+  const bool splits = most_bands > 1 && share(pairs * bands, result.blocks) < pairs * most_bands;
+  result.down_blocks = splits ? result.blocks : share(bands, most_bands);
   const int64_t block_items = share(items, result.blocks);
-  const int64_t block_bands = share(bands, result.blocks);
+  const int64_t block_groups = share(pairs * bands, result.down_blocks);
   if (block_items > kMostItems) return std::nullopt;
   // 64 bytes more, so that two rows' units are in different banks.
   result.x_pitch = RoundUp(shape.d_model, 128) + 32;
   result.x_bytes = 2 * tokens * result.x_pitch;
-  // A warp leaves the sums of 16 rows of a tile for each part of a band that it has.
-  const int64_t parts = std::max(2 * block_items, pairs * block_bands) + kCudaLayerWarps;
+  // A warp leaves the sums of 16 rows of a tile for each part of a group that it has.
+  const int64_t parts = std::max(2 * block_items, block_groups) + kCudaLayerWarps;
   const int64_t sum_bytes = parts * 4 * kRows * std::min<int64_t>(tokens, 2);
   result.shared_bytes = CudaLayerBytes(RingStageBytes(up), RingStageBytes(down)) + result.x_bytes +
                         sum_bytes;
