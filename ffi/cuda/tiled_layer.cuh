@@ -90,13 +90,13 @@ class LayerWarp {
     items_ = Quotient(items - block + args_.blocks - 1, args_.inverse_blocks);
     fetch_ = Begin(0);
     if (FindsFactors()) FetchOfPair();
-    // A copy keeps a warp from issuing the next one for some time, in which x is prepared. The first
-    // one is not of down, whose share is not known yet.
+    // A copy keeps a warp from issuing the next one for some time, in which x is prepared and down
+    // is shared out; so the first one is none of down.
     static_assert(Shape::Narrow::kStages >= 2);
 #pragma unroll 1
     for (int i = 0; i < Shape::Narrow::kStages; ++i) {
       if (i > 0 || fetch_.left > 0) FetchStep();
-      if (i == 0) ShareOutDown(), FindMaxOfX();
+      if (i == 0) FindMaxOfX(), ShareOutDown();
       if (i == 1) ScaleX();
     }
     __syncthreads();
@@ -121,7 +121,7 @@ class LayerWarp {
     return static_cast<int>(__umulhi(2u * static_cast<uint32_t>(n), inverse_of_d));
   }
 
-  // A block's part of down.
+  // Where a part of down begins. The parts are args_.down_blocks, one a block.
   struct DownPlace {
     int band, tile;
   };
@@ -543,9 +543,9 @@ class LayerWarp {
     });
   }
 
-  // What a part of down finds of its first band where another part begins that: of row warp_ and
-  // pair lane. Until it is there it is a NaN that no arithmetic gives; the grid's barrier lies
-  // between that and who waits.
+  // What a part of down finds of its first band, where another part begins that: of row warp_ and
+  // pair lane. Until it is there it is a NaN that no arithmetic gives, set before the grid's
+  // barrier.
   static constexpr uint32_t kNotGiven = 0xffffffffu;
   __device__ __forceinline__ float* Given(int part) const {
     return args_.given + (part * Shape::kRows + warp_) * pairs_ + lane_;
@@ -575,6 +575,7 @@ class LayerWarp {
       const bool gives = n == 0 && down_tile_ > 0;
       float y = 0;
       if (place == LayerTiles::kNone || group < 0) {
+        // Nobody's, or of the part that has the band's beginning.
       } else if (group < down_groups_) {
         y = SumOf(1, inverse_chunk, group, place % Shape::kTokens, warp_);
         y = FinishProjection(args_.down.projection, y * m_.h_scale[lane_], tiles_.Expert(tile),
@@ -605,7 +606,7 @@ class LayerWarp {
   half* const x_;      // [tokens, x_pitch]
   float* const sums_;  // of StoreSums, a place for each warp's part of a group
   int items_;  // of this block
-  // And of down so many groups from a tile of a band on, in so many bands. Zeros first, for the
+  // Of down: so many groups from a tile of a band on, in so many bands. Zeros first, for the
   // compiler takes what may be undefined to differ between lanes.
   int down_band_ = 0, down_tile_ = 0, down_groups_ = 0, down_bands_ = 0;
   Walk fetch_;
