@@ -55,6 +55,24 @@ def test_several_items_a_block(formats, dtype):
 
 
 @pytest.mark.parametrize("tokens", (1, 2, 3, 4))
+def test_bands_that_blocks_share(tokens):
+    """More bands of down than multiprocessors, and no multiple of them; with biases."""
+    options = {"activation": "swiglu_oai", "activation_limit": cuda_ffn.LIMIT["swiglu_oai"]}
+    for shape in ((tokens, 6, 5, 4256, 96), (tokens, 3, 3, 4640, 32), (tokens, 9, 8, 4256, 32)):
+        x, routing, experts, exact = problem(("MXFP4",) * 3, shape)
+        ids = np.array(routing.expert_ids)
+        ids[0, 1] = -1
+        routing = Routing(jnp.asarray(ids), jnp.asarray(routing.weights))
+        experts, oracle_options = cuda_ffn.with_biases_and_scales(experts, exact)
+        cuda_tiled.check_ffn(
+            [(x, routing, experts, exact)], cases.bound("float32"), oracle_options, **options
+        )
+        # Blocks that wait for a value tell what is not a number from what is not there.
+        y = jax_moe.moe_ffn(x.at[tokens - 1, 7].set(jnp.nan), routing, experts, **options)
+        assert not np.isfinite(np.asarray(y[tokens - 1])).any()
+
+
+@pytest.mark.parametrize("tokens", (1, 2, 3, 4))
 def test_ids_of_every_kind(tokens):
     """An expert several times in a token, in every token; ids that are no expert's; none at all."""
     x, _, experts, exact = problem(("Q4_K",) * 3, (tokens, 6, 8, 256, 256))

@@ -96,6 +96,7 @@ cudaError_t RunLayer(const Ffn& ffn, const PreparedRows& h, cudaStream_t stream)
   TiledLayerArgs args = {};
   args.up = ActivatedOf(ffn, {}, {}, h);
   args.down = DownOf(ffn, h);
+  args.given = ffn.Values();
   args.x = ffn.x;
   args.x_type = ffn.type;
   return LaunchTiledLayer(*ffn.layer, *ffn.layer_shape, args, stream);

@@ -31,6 +31,8 @@ cudaError_t LaunchTiledLayer(const TiledLayerKernel& kernel, const plan::CudaLay
   args.bands[1] = static_cast<int32_t>(down.y_pitch / 16);
   args.inverse_bands = inverse(args.bands[0]);
   args.inverse_blocks = inverse(args.blocks);
+  args.down_blocks = static_cast<int32_t>(shape.down_blocks);
+  args.inverse_down_blocks = inverse(args.down_blocks);
   args.biased = args.up.projection[0].bias != nullptr || args.up.projection[1].bias != nullptr ||
                 down.projection.bias != nullptr;
   args.rows[0] = rows(args.up.columns, kernel.stage_bytes[0]);

@@ -5,13 +5,16 @@
 // ones of down are there.
 //
 // A block of 16 warps a multiprocessor, each of which prepares x for itself in shared memory. A
-// block has every gridDim.x-th item, a tile of one or two tokens and 16 rows of gate and up, and of
-// down every gridDim.x-th 16 columns of y, for all tiles. A group is 16 rows of one matrix of one
-// expert. The steps of all groups of a block, 256 columns each, are shared out evenly among its
-// warps; their bytes come through a ring a warp, across the borders of groups and from up to down.
-// The block adds what its warps found of each group, in their order, and h goes to global memory.
-// Then all blocks wait for each other (a cooperative launch runs them at the same time), with rings
-// full of down's weights, and the same steps make y.
+// block has every gridDim.x-th item, a tile of one or two tokens and 16 rows of gate and up. A
+// group is 16 rows of one matrix of one expert. The steps of all groups of a block, 256 columns
+// each, are shared out evenly among its warps; their bytes come through a ring a warp, across the
+// borders of groups and from up to down. The block adds what its warps found of each group, in
+// their order, and h goes to global memory. Then all blocks wait for each other (a cooperative
+// launch runs them at the same time), with rings full of down's weights, and the same steps make y.
+//
+// A band of down is 16 columns of y: a group of each tile. The groups of all bands, one after
+// another, are shared out evenly among the blocks. So a block may begin with a band's last tiles:
+// what it found of these it gives, through global memory, to the block that has the first ones.
 #pragma once
 
 #include <type_traits>
@@ -83,19 +86,17 @@ class LayerWarp {
         sums_(reinterpret_cast<float*>(more + args.x_bytes)) {}
 
   __device__ __forceinline__ void Run() {
-    const int blocks = args_.blocks, block = blockIdx.x;
-    const int items = tiles_.Number() * bands_, down_bands = args_.bands[1];
-    // Blocks with one item less are the first to have one band of down more.
-    items_ = Quotient(items - block + blocks - 1, args_.inverse_blocks);
-    down_bands_ = Quotient(down_bands + block, args_.inverse_blocks);
+    const int items = tiles_.Number() * bands_, block = blockIdx.x;
+    items_ = Quotient(items - block + args_.blocks - 1, args_.inverse_blocks);
     fetch_ = Begin(0);
     if (FindsFactors()) FetchOfPair();
-    // A copy keeps a warp from issuing the next one for some time, in which x is prepared.
+    // A copy keeps a warp from issuing the next one for some time, in which x is prepared and down
+    // is shared out; so the first one is none of down.
     static_assert(Shape::Narrow::kStages >= 2);
 #pragma unroll 1
     for (int i = 0; i < Shape::Narrow::kStages; ++i) {
-      FetchStep();
-      if (i == 0) FindMaxOfX();
+      if (i > 0 || fetch_.left > 0) FetchStep();
+      if (i == 0) FindMaxOfX(), ShareOutDown();
       if (i == 1) ScaleX();
     }
     __syncthreads();
@@ -120,6 +121,31 @@ class LayerWarp {
     return static_cast<int>(__umulhi(2u * static_cast<uint32_t>(n), inverse_of_d));
   }
 
+  // Where a part of down begins. The parts are args_.down_blocks, one a block.
+  struct DownPlace {
+    int band, tile;
+  };
+  __device__ __forceinline__ DownPlace BeginOfDown(int part) const {
+    const int parts = args_.down_blocks, bands = min(part, parts) * args_.bands[1];
+    const int band = Quotient(bands, args_.inverse_down_blocks);
+    const int rest = (bands - band * parts) * tiles_.Number();
+    return {band, Quotient(rest, args_.inverse_down_blocks)};
+  }
+  // There are no more parts than bands, so a band has one border of parts at most.
+  __device__ __forceinline__ void ShareOutDown() {
+    const int part = DownPart();
+    const DownPlace begin = BeginOfDown(part), end = BeginOfDown(part + 1);
+    down_band_ = begin.band;
+    down_tile_ = begin.tile;
+    down_bands_ = end.band - begin.band + (end.tile > 0 ? 1 : 0);
+    down_groups_ = (end.band - begin.band) * tiles_.Number() + end.tile - begin.tile;
+    if (down_tile_ > 0 && lane_ < pairs_) *Given(part) = __uint_as_float(kNotGiven);
+  }
+  // Blocks with one item less have the first ones.
+  __device__ __forceinline__ int DownPart() const {
+    return args_.blocks - 1 - static_cast<int>(blockIdx.x);
+  }
+
   // Groups of equally many steps, one after another, and how many a warp has of the steps: the
   // first `chunk`, the next, and so on.
   struct Spread {
@@ -129,7 +155,7 @@ class LayerWarp {
           chunk(static_cast<unsigned>(total + Shape::kWarps - 1) / Shape::kWarps) {}
   };
   __device__ __forceinline__ Spread SpreadOf(int phase) const {
-    const int groups = phase == 0 ? items_ * matrices_ : down_bands_ * tiles_.Number();
+    const int groups = phase == 0 ? items_ * matrices_ : down_groups_;
     return Spread(groups, args_.rows[phase].steps);
   }
 
@@ -160,12 +186,9 @@ class LayerWarp {
       const int tile = Quotient(item, args_.inverse_bands);
       return {matrices_ == 2 ? group & 1 : 1, tile, item - tile * bands_};
     }
-    int n = 0;
-    for (; group >= tiles_.Number(); ++n) group -= tiles_.Number();
-    return {2, group, DownBand(n)};
-  }
-  __device__ __forceinline__ int DownBand(int n) const {
-    return args_.blocks - 1 - static_cast<int>(blockIdx.x) + n * args_.blocks;
+    int band = down_band_;
+    for (group += down_tile_; group >= tiles_.Number(); ++band) group -= tiles_.Number();
+    return {2, group, band};
   }
 
   // Bytes of 256 columns of a band.
@@ -242,7 +265,7 @@ class LayerWarp {
     if (down.bias != nullptr && place != LayerTiles::kNone && down_bands_ > 0) {
       CopyAsync4(&m_.bias[1][threadIdx.x],
                  down.bias + tiles_.Expert(place / Shape::kTokens) * down.bias_pitch +
-                     DownBand(0) * Shape::kRows + warp_);
+                     down_band_ * Shape::kRows + warp_);
     }
     CommitCopies();
   }
@@ -520,6 +543,24 @@ class LayerWarp {
     });
   }
 
+  // What a part of down finds of its first band, where another part begins that: of row warp_ and
+  // pair lane. Until it is there it is a NaN that no arithmetic gives, set before the grid's
+  // barrier.
+  static constexpr uint32_t kNotGiven = 0xffffffffu;
+  __device__ __forceinline__ float* Given(int part) const {
+    return args_.given + (part * Shape::kRows + warp_) * pairs_ + lane_;
+  }
+  static __device__ __forceinline__ void Give(float* to, float y) {
+    asm volatile("st.relaxed.gpu.global.f32 [%0], %1;" ::"l"(to), "f"(y) : "memory");
+  }
+  static __device__ __forceinline__ float WaitForGiven(const float* from) {
+    uint32_t bits;
+    do {
+      asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(bits) : "l"(from) : "memory");
+    } while (bits == kNotGiven);
+    return __uint_as_float(bits);
+  }
+
   // Warp r has row r of a band of down and its lanes the pairs, whose results come together in the
   // lane of their token's first one.
   __device__ __forceinline__ void FinishY() const {
@@ -529,15 +570,22 @@ class LayerWarp {
     const uint32_t inverse_chunk = InverseChunk(1);
 #pragma unroll 1
     for (int n = 0; n < down_bands_; ++n) {
-      const int row = DownBand(n) * Shape::kRows + warp_;
+      const int row = (down_band_ + n) * Shape::kRows + warp_;
+      const int tile = place / Shape::kTokens, group = n * tiles_.Number() + tile - down_tile_;
+      const bool gives = n == 0 && down_tile_ > 0;
       float y = 0;
-      if (place != LayerTiles::kNone) {
-        const int tile = place / Shape::kTokens;
-        y = SumOf(1, inverse_chunk, n * tiles_.Number() + tile, place % Shape::kTokens, warp_);
+      if (place == LayerTiles::kNone || group < 0) {
+        // Nobody's, or of the part that has the band's beginning.
+      } else if (group < down_groups_) {
+        y = SumOf(1, inverse_chunk, group, place % Shape::kTokens, warp_);
         y = FinishProjection(args_.down.projection, y * m_.h_scale[lane_], tiles_.Expert(tile),
                              row, 1, n == 0) *
             m_.weight[lane_];
+        if (gives) Give(Given(DownPart()), y);
+      } else {
+        y = WaitForGiven(Given(DownPart() + 1));
       }
+      if (gives) continue;
 #pragma unroll 1
       for (int d = 1; d < top_k; d *= 2) {
         const float other = __shfl_down_sync(0xffffffffu, y, d);
@@ -557,7 +605,10 @@ class LayerWarp {
   LayerTiles tiles_;
   half* const x_;      // [tokens, x_pitch]
   float* const sums_;  // of StoreSums, a place for each warp's part of a group
-  int items_, down_bands_;  // of this block
+  int items_;  // of this block
+  // Of down: so many groups from a tile of a band on, in so many bands. Zeros first, for the
+  // compiler takes what may be undefined to differ between lanes.
+  int down_band_ = 0, down_tile_ = 0, down_groups_ = 0, down_bands_ = 0;
   Walk fetch_;
   int fetch_phase_ = 0;
   const uint8_t* fetch_from_ = nullptr;

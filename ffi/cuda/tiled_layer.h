@@ -19,7 +19,8 @@ struct TiledLayerArgs {
   uint32_t inverse_x_warps;   // this and the other inverses: 2^31 over it, rounded up
   int32_t tokens, matrices;   // matrices: of gate and up
   int32_t bands[2];           // of 16 rows: of a matrix of those, of down
-  uint32_t inverse_bands, inverse_blocks;  // of gate's bands, of the grid
+  int32_t down_blocks;        // that have a part of down
+  uint32_t inverse_bands, inverse_blocks, inverse_down_blocks;  // inverse_bands: of gate's
   Element x_type;
   bool biased;
   // Of gate and up, and of down.
@@ -32,6 +33,7 @@ struct TiledLayerArgs {
   int32_t x_bytes;
   TiledArgs up;        // with `activate`; but for x, lists and h_scales
   TiledDownArgs down;  // but for h_scales and splits; h is in the kernel's own order of columns
+  float* given;        // [shape.down_blocks, 16, pairs]: what blocks give each other of pairs' y
 };
 
 struct TiledLayerKernel {

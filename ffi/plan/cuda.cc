@@ -294,6 +294,8 @@ std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t
   // The kernel divides by means of products, exactly below these.
   constexpr int64_t kMostColumns = 1 << 15, kMostItems = 512;
   constexpr int64_t kRows = 16;  // of a band
+  // What it costs a block to wait for another's values, 0.7 us, in bytes of weights.
+  constexpr int64_t kWaitBytes = 24576;
   const FfnShape& shape = problem.shape;
   const int64_t pairs = tokens * shape.top_k;
   const int up = (problem.up_format >= 0 ? problem.up_format : problem.gate_format) & ~kTiledFormat;
@@ -302,7 +304,7 @@ std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t
   // for up to 8 tokens draw level at 5 tokens (Mixtral-8x7B).
   const int64_t most = pairs <= shape.experts ? kCudaLayerTokens : kCudaLayerTokens / 2;
   if (!hopper || !CudaFuses(problem) || !HasCudaLayer(up, down) || tokens < 1 || tokens > most ||
-      pairs > kCudaFewPairs || shape.d_expert == 0 ||
+      pairs > kCudaFewPairs || std::min(shape.d_model, shape.d_expert) == 0 ||
       std::max(shape.d_model, shape.d_expert) > kMostColumns) {
     return std::nullopt;
   }
@@ -310,14 +312,21 @@ std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t
   const int64_t items = pairs * (shape.d_expert / kRows), bands = shape.d_model / kRows;
   CudaLayerShape result;
   result.blocks = std::min(multiprocessors, std::max(items, bands));
+  // Down goes to all blocks where that takes so many groups, 16 rows of an expert, from the block
+  // that has most; else to as many as have equally many bands, of which none waits for another.
+  const int64_t most_bands = share(bands, result.blocks), whole = share(bands, most_bands);
+  const int64_t saved_groups = pairs * most_bands - share(pairs * bands, result.blocks);
+  const int64_t saved_bytes = saved_groups * share(shape.d_expert, 256) * RingStageBytes(down);
+  const bool splits = bands > result.blocks && (bands % whole != 0 || saved_bytes > kWaitBytes);
+  result.down_blocks = splits ? result.blocks : whole;
   const int64_t block_items = share(items, result.blocks);
-  const int64_t block_bands = share(bands, result.blocks);
+  const int64_t block_groups = share(pairs * bands, result.down_blocks);
   if (block_items > kMostItems) return std::nullopt;
   // 64 bytes more, so that two rows' units are in different banks.
   result.x_pitch = RoundUp(shape.d_model, 128) + 32;
   result.x_bytes = 2 * tokens * result.x_pitch;
-  // A warp leaves the sums of 16 rows of a tile for each part of a band that it has.
-  const int64_t parts = std::max(2 * block_items, pairs * block_bands) + kCudaLayerWarps;
+  // A warp leaves the sums of 16 rows of a tile for each part of a group that it has.
+  const int64_t parts = std::max(2 * block_items, block_groups) + kCudaLayerWarps;
   const int64_t sum_bytes = parts * 4 * kRows * std::min<int64_t>(tokens, 2);
   result.shared_bytes = CudaLayerBytes(RingStageBytes(up), RingStageBytes(down)) + result.x_bytes +
                         sum_bytes;

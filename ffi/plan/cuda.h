@@ -88,7 +88,7 @@ bool CudaFuses(const FfnProblem& problem);
 // multiprocessor, and what it has in shared memory: the kernel's own, x, sums.
 inline constexpr int64_t kCudaLayerWarps = 16, kCudaLayerTokens = 8;
 struct CudaLayerShape {
-  int64_t blocks;
+  int64_t blocks, down_blocks;  // down_blocks: those that have a part of down
   int64_t x_pitch;  // values
   int64_t x_bytes, shared_bytes;
 };
