@@ -43,8 +43,8 @@ JM_HD uint32_t Select(uint32_t mask, uint32_t a, uint32_t b) {
 #endif
 }
 
-// a << kBits by the pipe that multiplies, where the one for masks and shifts has more to do: by a number that
-// the compiler cannot know, or it would make a shift of it.
+// a << kBits by the pipe that multiplies, where the one for masks and shifts has more to do: by a
+// number that the compiler cannot know, or it would make a shift of it.
 #if defined(__CUDACC__)
 template <int kBits>
 __constant__ uint32_t kPowerOfTwo = uint32_t{1} << kBits;

@@ -1,5 +1,5 @@
-// Steps of the products of the wide kernels for tiled weights: 16 columns each, decoded while the products of
-// those before run.
+// Steps of the products of the wide kernels for tiled weights: 16 columns each, decoded while the
+// products of those before run.
 #pragma once
 
 #include "ffi/cuda/hopper.cuh"
@@ -24,10 +24,10 @@ __device__ __forceinline__ void DecodeSteps(const LaneUnit<Format> (&unit)[2][2]
   }
 }
 
-// Steps kStep .. kStep + kSteps - 1 of the 8 of a chunk, added to the sums of two tiles of 64 rows. unit:
-// rows r and r + 8. tokens: the operand of kColumns tokens in shared memory, its second 64 columns
-// kHalfBytes behind. a: the decoded operands of these steps and of those before, whose products have ended
-// afterwards.
+// Steps kStep .. kStep + kSteps - 1 of the 8 of a chunk, added to the sums of two tiles of 64 rows.
+// unit: rows r and r + 8. tokens: the operand of kColumns tokens in shared memory, its second 64
+// columns kHalfBytes behind. a: the decoded operands of these steps and of those before, whose
+// products have ended afterwards.
 template <int kColumns, int kHalfBytes, int kStep, typename Format, int kSteps, int kSums>
 __device__ __forceinline__ void MultiplyDecoded(const LaneUnit<Format> (&unit)[2][2],
                                                 uint64_t tokens, uint32_t (&a)[2][kSteps][2][4],

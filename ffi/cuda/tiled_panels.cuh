@@ -39,9 +39,10 @@ struct TiledPanelsShape {
   // Columns of a product: a multiple of kColumnStep, and no fewer than kFewestColumns.
   static constexpr int kColumnStep = 16;
   static constexpr int kFewestColumns = kTokens >= 128 ? 32 : 16;
-  static constexpr int kBands = 8 * kGroups;            // of a panel
-  static constexpr int kChunk = 128;                    // columns
-  static constexpr int kSteps = kTokens == 64 ? 2 : 1;  // whose products start together
+  static constexpr int kBands = 8 * kGroups;  // of a panel
+  static constexpr int kChunk = 128;          // columns
+  // Steps whose products start together: fewer waits, where registers suffice.
+  static constexpr int kSteps = kTokens == 64 && LaneUnit<Format>::kGroups == 1 ? 2 : 1;
   static constexpr int kAtomChunks = TiledUnit<Format>::kChunks;
   static constexpr int kAtomBytes =
       16 * kAtomChunks * kChunk / Format::kBlock * tiled::Sizes<Format>::kBytes;
@@ -369,8 +370,11 @@ class TiledPanelsBlock {
     for (int i = 0; i < kColumns / 2; ++i) sum_[0][i] = sum_[1][i] = 0;
     int last = 0, units_left = args_.columns / 32 - 4 * first_chunk_;
     int row = RowOf(0), slot = SlotOf(0);
-    // Else the compiler finds them again for every chunk.
-    asm volatile("" : "+r"(row), "+r"(slot));
+    // Else the compiler finds them again for every chunk. With 32 tokens, atoms of two chunks leave
+    // no registers for that.
+    if constexpr (kTokens > 32 || Shape::kAtomChunks == 1) {
+      asm volatile("" : "+r"(row), "+r"(slot));
+    }
     for (int chunk = 0; chunk < chunks_; ++chunk) {
       const int part = chunk % Shape::kAtomChunks;
       if (part == 0) WaitBarrier(m_.weights_full + w.stage, w.parity);

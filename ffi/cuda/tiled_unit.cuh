@@ -23,7 +23,8 @@ class LaneUnit {
   using Place = typename Tiled::Place;
   static constexpr int kGroups = 32 / Format::kGroup;
 
-  // normaliser: 2^24 over the row's. Lanes past the chunk's units get zeros. kExists: there are none.
+  // normaliser: 2^24 over the row's. Lanes past the chunk's units get zeros; kExists: there are
+  // none.
   template <bool kExists = false>
   __device__ __forceinline__ void Load(const uint8_t* atom, const Place& at, float normaliser) {
     uint32_t s[Tiled::kScaleWords];
