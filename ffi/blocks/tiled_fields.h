@@ -47,7 +47,7 @@ JM_HD uint32_t Select(uint32_t mask, uint32_t a, uint32_t b) {
 // number that the compiler cannot know, or it would make a shift of it.
 #if defined(__CUDACC__)
 template <int kBits>
-__constant__ uint32_t kPowerOfTwo = uint32_t{1} << kBits;
+static __constant__ uint32_t kPowerOfTwo = uint32_t{1} << kBits;
 #endif
 template <int kBits>
 JM_HD uint32_t MultipliedLeft(uint32_t a) {
