@@ -43,6 +43,21 @@ JM_HD uint32_t Select(uint32_t mask, uint32_t a, uint32_t b) {
 #endif
 }
 
+// a << kBits by the pipe that multiplies, where the one for masks and shifts has more to do: by a
+// number that the compiler cannot know, or it would make a shift of it.
+#if defined(__CUDACC__)
+template <int kBits>
+static __constant__ uint32_t kPowerOfTwo = uint32_t{1} << kBits;
+#endif
+template <int kBits>
+JM_HD uint32_t MultipliedLeft(uint32_t a) {
+#if defined(__CUDA_ARCH__)
+  return a * kPowerOfTwo<kBits>;
+#else
+  return a << kBits;
+#endif
+}
+
 // Integers in the low bits of a half.
 struct IntegerFields {
   static constexpr int kExponent = -24, kShifts = 0;
@@ -143,8 +158,8 @@ struct FieldsE2M1 {
   static JM_HD uint32_t Pair(const uint32_t* q) {
     uint32_t w = q[i / 4];
     // The second code of every byte in place of the first.
-    if constexpr (i % 4 >= 2) w = Select(0x80808080u, w << 7, w >> 3);
-    if constexpr (i % 2 == 1) w <<= 8;
+    if constexpr (i % 4 >= 2) w = Select(0x80808080u, MultipliedLeft<7>(w), w >> 3);
+    if constexpr (i % 2 == 1) w = MultipliedLeft<8>(w);
     return w & 0x8e008e00u;
   }
 };

@@ -41,6 +41,8 @@ struct TiledPanelsShape {
   static constexpr int kFewestColumns = kTokens >= 128 ? 32 : 16;
   static constexpr int kBands = 8 * kGroups;  // of a panel
   static constexpr int kChunk = 128;          // columns
+  // Steps whose products start together: fewer waits, where registers suffice.
+  static constexpr int kSteps = kTokens == 64 && LaneUnit<Format>::kGroups == 1 ? 2 : 1;
   static constexpr int kAtomChunks = TiledUnit<Format>::kChunks;
   static constexpr int kAtomBytes =
       16 * kAtomChunks * kChunk / Format::kBlock * tiled::Sizes<Format>::kBytes;
@@ -366,20 +368,27 @@ class TiledPanelsBlock {
     const int lane = Lane();
 #pragma unroll
     for (int i = 0; i < kColumns / 2; ++i) sum_[0][i] = sum_[1][i] = 0;
-    int last = 0;
+    int last = 0, units_left = args_.columns / 32 - 4 * first_chunk_;
+    int row = RowOf(0), slot = SlotOf(0);
+    // Else the compiler finds them again for every chunk. With 32 tokens, atoms of two chunks leave
+    // no registers for that.
+    if constexpr (kTokens > 32 || Shape::kAtomChunks == 1) {
+      asm volatile("" : "+r"(row), "+r"(slot));
+    }
     for (int chunk = 0; chunk < chunks_; ++chunk) {
       const int part = chunk % Shape::kAtomChunks;
       if (part == 0) WaitBarrier(m_.weights_full + w.stage, w.parity);
       LaneUnit<Format> unit[2][2];
       // Rows of blocks of 256 weights have no partial chunks.
-      const int units =
-          Shape::kAtomChunks == 2 ? 4 : min(4, args_.columns / 32 - 4 * (first_chunk_ + chunk));
-      typename Tiled::Place place = {units, part, 0, lane % 4};
+      const int units = Shape::kAtomChunks == 2 ? 4 : min(4, units_left);
+      units_left -= 4;
+      // A unit past the end is another one, for x and h have zeros there.
+      typename Tiled::Place place = {units, part, 0, min(lane % 4, units - 1)};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        place.row = RowOf(i % 2);
-        unit[i / 2][i % 2].Load(m_.weights[w.stage][SlotOf(i / 2)], place,
-                                inverse[i / 2][i % 2]);
+        place.row = row + 8 * (i % 2);
+        unit[i / 2][i % 2].template Load<true>(m_.weights[w.stage][slot + 4 * (i / 2)], place,
+                                               inverse[i / 2][i % 2]);
       }
       if (part == Shape::kAtomChunks - 1 || chunk == chunks_ - 1) {
         __syncwarp();
@@ -390,19 +399,13 @@ class TiledPanelsBlock {
       const int stage = __shfl_sync(0xffffffffu, x.stage, 0);
       WaitBarrier(m_.tokens_full + stage, x.parity);
       const uint64_t tokens = SwizzledOperand(m_.tokens[stage]);
-      uint32_t a[2][2][4];
-      Step<kColumns, 0>(unit, tokens, a);
+      uint32_t a[2][Shape::kSteps][2][4];
+      Steps<kColumns, 0, Shape::kSteps>(unit, tokens, a);
       // The last chunk's products have ended, and only now: its last ones ran while this chunk's
       // weights were loaded.
       if (chunk > 0 && lane == 0) Arrive(m_.tokens_empty + last);
       last = x.stage;
-      Step<kColumns, 1>(unit, tokens, a);
-      Step<kColumns, 2>(unit, tokens, a);
-      Step<kColumns, 3>(unit, tokens, a);
-      Step<kColumns, 4>(unit, tokens, a);
-      Step<kColumns, 5>(unit, tokens, a);
-      Step<kColumns, 6>(unit, tokens, a);
-      Step<kColumns, 7>(unit, tokens, a);
+      Steps<kColumns, Shape::kSteps, 8>(unit, tokens, a);
       x.Next();
     }
     WaitWarpgroup<0>();
@@ -412,10 +415,13 @@ class TiledPanelsBlock {
     for (int i = kColumns / 2; i < kTokens / 2; ++i) sum_[0][i] = sum_[1][i] = 0;
   }
 
-  template <int kColumns, int kStep>
-  __device__ __forceinline__ void Step(const LaneUnit<Format> (&unit)[2][2], uint64_t tokens,
-                                       uint32_t (&a)[2][2][4]) {
-    MultiplyDecoded<kColumns, kColumns * 128, kStep>(unit, tokens, a, sum_);
+  template <int kColumns, int kFirst, int kEnd>
+  __device__ __forceinline__ void Steps(const LaneUnit<Format> (&unit)[2][2], uint64_t tokens,
+                                        uint32_t (&a)[2][Shape::kSteps][2][4]) {
+    if constexpr (kFirst < kEnd) {
+      MultiplyDecoded<kColumns, kColumns * 128, kFirst>(unit, tokens, a, sum_);
+      Steps<kColumns, kFirst + Shape::kSteps, kEnd>(unit, tokens, a);
+    }
   }
 
   // What a lane holds of a pass's tokens: of each of its two tiles, element i is of its row r =

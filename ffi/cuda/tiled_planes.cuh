@@ -157,8 +157,11 @@ struct TiledUnit<IQ4_NL> : HalfScaled<1> {
   }
 };
 
+// Scales that are powers of two.
+struct PowerScaled {};
+
 template <>
-struct TiledUnit<MXFP4> {
+struct TiledUnit<MXFP4> : PowerScaled {
   static constexpr int kChunks = 1, kScaleWords = 1;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -171,6 +174,12 @@ struct TiledUnit<MXFP4> {
     // one below.
     const int e = static_cast<int>(s[0]);
     return {__int_as_float(max(e * 0x800000 - 0x800000, e * 0x200000 + 0x200000)) * unit, 0.0f};
+  }
+  // The scale times `unit`, a power of two or zero, and 2^-24 over 2^exponent: a sum of exponents,
+  // zero where that is no normal number.
+  static __device__ __forceinline__ float Power(const uint32_t* s, float unit, int exponent) {
+    const int known = __float_as_int(unit) - (128 + 24 + exponent) * 0x800000;
+    return __int_as_float(max(static_cast<int>(s[0]) * 0x800000 + known, 0));
   }
 };
 

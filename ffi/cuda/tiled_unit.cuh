@@ -23,11 +23,13 @@ class LaneUnit {
   using Place = typename Tiled::Place;
   static constexpr int kGroups = 32 / Format::kGroup;
 
-  // normaliser: 2^24 over the row's. Lanes past the chunk's units get zeros.
+  // normaliser: 2^24 over the row's. Lanes past the chunk's units get zeros; kExists: there are
+  // none.
+  template <bool kExists = false>
   __device__ __forceinline__ void Load(const uint8_t* atom, const Place& at, float normaliser) {
     uint32_t s[Tiled::kScaleWords];
     // Rows of whole atoms have no partial chunks.
-    if (Tiled::kChunks == 2 || at.unit < at.units) {
+    if (kExists || Tiled::kChunks == 2 || at.unit < at.units) {
       Tiled::Load(atom, at, q_, s);
     } else {
 #pragma unroll
@@ -56,6 +58,8 @@ class LaneUnit {
         } else {
           offset_[group] = __hsub2(rest, __high2half2(product));
         }
+      } else if constexpr (std::is_base_of_v<PowerScaled, Tiled>) {
+        scale = BothHalves(Tiled::Power(s, normaliser, Fields::kExponent));
       } else {
         const Affine affine =
             Tiled::Scale(s, at, group, normaliser * kFieldUnit, normaliser * 0x1p-24f);

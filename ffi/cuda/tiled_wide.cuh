@@ -248,7 +248,7 @@ class TiledWideBlock {
       }
       WaitBarrier(m_.tokens_full + x.stage, x.parity);
       const uint64_t tokens = SwizzledOperand(m_.tokens[x.stage]);
-      uint32_t a[2][2][4];
+      uint32_t a[2][1][2][4];
       Step<kColumns, 0>(unit, tokens, a);
       // The last chunk's products have ended, and only now: its last ones ran while this chunk's
       // weights were loaded.
@@ -268,7 +268,7 @@ class TiledWideBlock {
 
   template <int kColumns, int kStep>
   __device__ __forceinline__ void Step(const LaneUnit<Format> (&unit)[2][2], uint64_t tokens,
-                                       uint32_t (&a)[2][2][4]) {
+                                       uint32_t (&a)[2][1][2][4]) {
     MultiplyDecoded<kColumns, kTokens * 128, kStep>(unit, tokens, a, sum_);
   }
 
