@@ -23,17 +23,35 @@ class LaneUnit {
   using Place = typename Tiled::Place;
   static constexpr int kGroups = 32 / Format::kGroup;
 
+  // What scales are made of, which can be loaded before the fields.
+  struct ScaleWords {
+    uint32_t s[Tiled::kScaleWords];
+
+    ScaleWords() = default;
+    __device__ __forceinline__ ScaleWords(const uint8_t* atom, const Place& at) {
+      if (IsThere(at)) {
+        [[maybe_unused]] uint32_t q[Fields::kWords];
+        Tiled::Load(atom, at, q, s);
+      } else {
+#pragma unroll
+        for (uint32_t& word : s) word = 0;
+      }
+    }
+  };
+
   // normaliser: 2^24 over the row's. Lanes past the chunk's units get zeros.
   __device__ __forceinline__ void Load(const uint8_t* atom, const Place& at, float normaliser) {
-    uint32_t s[Tiled::kScaleWords];
-    // Rows of whole atoms have no partial chunks.
-    if (Tiled::kChunks == 2 || at.unit < at.units) {
-      Tiled::Load(atom, at, q_, s);
+    Load(atom, at, ScaleWords(atom, at), normaliser);
+  }
+  __device__ __forceinline__ void Load(const uint8_t* atom, const Place& at,
+                                       const ScaleWords& words, float normaliser) {
+    const uint32_t (&s)[Tiled::kScaleWords] = words.s;
+    if (IsThere(at)) {
+      [[maybe_unused]] uint32_t loaded[Tiled::kScaleWords];
+      Tiled::Load(atom, at, q_, loaded);
     } else {
 #pragma unroll
       for (int i = 0; i < Fields::kWords; ++i) q_[i] = 0;
-#pragma unroll
-      for (int i = 0; i < Tiled::kScaleWords; ++i) s[i] = 0;
       normaliser = 0;
     }
     [[maybe_unused]] half2 factors;
@@ -91,6 +109,11 @@ class LaneUnit {
   }
 
  private:
+  // Rows of whole atoms have no partial chunks.
+  static __device__ __forceinline__ bool IsThere(const Place& at) {
+    return Tiled::kChunks == 2 || at.unit < at.units;
+  }
+
   static constexpr bool kIntegerScaled = std::is_base_of_v<IntegerScaled, Tiled>;
   static_assert(kIntegerScaled == (kHasCentred<Format> || kIsCentred<Format>));
   static constexpr int kMiddle = kIntegerScaled ? 1 << (Tiling<Format>::kCodeBits - 1) : 0;
