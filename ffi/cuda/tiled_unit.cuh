@@ -41,19 +41,46 @@ class LaneUnit {
 
   // normaliser: 2^24 over the row's. Lanes past the chunk's units get zeros.
   __device__ __forceinline__ void Load(const uint8_t* atom, const Place& at, float normaliser) {
-    Load(atom, at, ScaleWords(atom, at), normaliser);
+    ScaleWords words;
+    LoadFields(atom, at, words.s, normaliser);
+    MakeScales(words.s, at, normaliser);
   }
   __device__ __forceinline__ void Load(const uint8_t* atom, const Place& at,
                                        const ScaleWords& words, float normaliser) {
-    const uint32_t (&s)[Tiled::kScaleWords] = words.s;
+    uint32_t unused[Tiled::kScaleWords];
+    LoadFields(atom, at, unused, normaliser);
+    MakeScales(words.s, at, normaliser);
+  }
+
+  // Weights 4 step .. 4 step + 3, scaled.
+  template <int kStep>
+  __device__ __forceinline__ void Decode(uint32_t& first, uint32_t& second) const {
+    first = DecodePair<2 * kStep>();
+    second = DecodePair<2 * kStep + 1>();
+  }
+
+ private:
+  // Rows of whole atoms have no partial chunks.
+  static __device__ __forceinline__ bool IsThere(const Place& at) {
+    return Tiled::kChunks == 2 || at.unit < at.units;
+  }
+
+  __device__ __forceinline__ void LoadFields(const uint8_t* atom, const Place& at,
+                                             uint32_t (&s)[Tiled::kScaleWords],
+                                             float& normaliser) {
     if (IsThere(at)) {
-      [[maybe_unused]] uint32_t loaded[Tiled::kScaleWords];
-      Tiled::Load(atom, at, q_, loaded);
+      Tiled::Load(atom, at, q_, s);
     } else {
 #pragma unroll
       for (int i = 0; i < Fields::kWords; ++i) q_[i] = 0;
+#pragma unroll
+      for (uint32_t& word : s) word = 0;
       normaliser = 0;
     }
+  }
+
+  __device__ __forceinline__ void MakeScales(const uint32_t (&s)[Tiled::kScaleWords],
+                                             const Place& at, float normaliser) {
     [[maybe_unused]] half2 factors;
     if constexpr (kIntegerScaled) factors = Tiled::Factors(s[Tiled::kFactorsWord], normaliser);
 #pragma unroll
@@ -99,19 +126,6 @@ class LaneUnit {
         scale = __hmul2(scale, BothHalves(1.0f / (1 << Fields::kShift)));
       }
     }
-  }
-
-  // Weights 4 step .. 4 step + 3, scaled.
-  template <int kStep>
-  __device__ __forceinline__ void Decode(uint32_t& first, uint32_t& second) const {
-    first = DecodePair<2 * kStep>();
-    second = DecodePair<2 * kStep + 1>();
-  }
-
- private:
-  // Rows of whole atoms have no partial chunks.
-  static __device__ __forceinline__ bool IsThere(const Place& at) {
-    return Tiled::kChunks == 2 || at.unit < at.units;
   }
 
   static constexpr bool kIntegerScaled = std::is_base_of_v<IntegerScaled, Tiled>;
