@@ -234,8 +234,9 @@ class NarrowWarp {
   }
   __device__ __forceinline__ int StepBytes() const {
     // Rows of whole atoms of 256 columns have no partial step.
-    if (TiledUnit<Format>::kChunks == 2 || fetch_step_ < steps_ - 1) return Shape::kStageBytes;
-    return TiledRow<Format>::BandBytes(args_.columns - fetch_step_ * Shape::kStep);
+    if (TiledUnit<Format>::kChunks == 2) return Shape::kStageBytes;
+    const unsigned columns = min(args_.columns - fetch_step_ * Shape::kStep, Shape::kStep);
+    return columns / Format::kBlock * tiled::Sizes<Format>::kBytes * Shape::kRows;
   }
 
   __device__ __forceinline__ void FetchAhead() {
@@ -315,9 +316,11 @@ class NarrowWarp {
       });
       return;
     }
-    const RowFinish finish(args_, share.expert, n);
     half* y = static_cast<half*>(args_.y) + n / 128 * 128 + NarrowPlace(n % 128);
     ForEachToken(share, [&](int pair, float first, float second, float pair_h_factor) {
+      // Not before the loop, where some warps have no turn: what might still be under way, the
+      // compiler waits for at the start of every step, and for x with it.
+      const RowFinish finish(args_, share.expert, n);
       float h;
       // In the loop: code that is short stays in the instruction cache, and turns are few.
       WithActivation(args_.activation, [&](auto activation) {

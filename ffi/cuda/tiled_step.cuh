@@ -97,7 +97,18 @@ template <typename Format, bool kWhole>
 __device__ __forceinline__ void MultiplyStage(const uint8_t* stage, StepOfX& x, int column,
                                               int next_column, int columns, BandSums& sums) {
   using Tiled = TiledUnit<Format>;
+  using Words = typename LaneUnit<Format>::ScaleWords;
   const int lane = threadIdx.x % 32;
+  // The words of both chunks of an atom at once: what they share is then loaded and made once, and
+  // the second chunk's scales need not be waited for.
+  constexpr bool kOneAtom = Tiled::kChunks == 2;
+  Words words[2][2];
+  if constexpr (kOneAtom) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      words[i / 2][i % 2] = Words(stage, {4, i / 2, lane / 4 + 8 * (i % 2), lane % 4});
+    }
+  }
 #pragma unroll
   for (int c = 0; c < 2; ++c) {
     const int units = kWhole ? 4 : min(4, (columns - column) / 32 - 4 * c);
@@ -106,9 +117,11 @@ __device__ __forceinline__ void MultiplyStage(const uint8_t* stage, StepOfX& x, 
           Tiled::kChunks == 2 ? stage : stage + TiledRow<Format>::BandBytes(128 * c);
       typename Tiled::Place place = {units, Tiled::kChunks == 2 ? c : 0, lane / 4, lane % 4};
       LaneUnit<Format> low, high;
-      low.Load(atom, place, sums.factor[0]);
+      if constexpr (!kOneAtom) words[c][0] = Words(atom, place);
+      low.Load(atom, place, words[c][0], sums.factor[0]);
       place.row += 8;
-      high.Load(atom, place, sums.factor[1]);
+      if constexpr (!kOneAtom) words[c][1] = Words(atom, place);
+      high.Load(atom, place, words[c][1], sums.factor[1]);
       MultiplySteps<Format>(sums.sum, low, high, x.v[c]);
     }
     x.Load<Tiled::kChunks == 2>(c, next_column);

@@ -23,21 +23,67 @@ class LaneUnit {
   using Place = typename Tiled::Place;
   static constexpr int kGroups = 32 / Format::kGroup;
 
+  // What scales are made of, which can be loaded before the fields.
+  struct ScaleWords {
+    uint32_t s[Tiled::kScaleWords];
+
+    ScaleWords() = default;
+    __device__ __forceinline__ ScaleWords(const uint8_t* atom, const Place& at) {
+      if (IsThere(at)) {
+        [[maybe_unused]] uint32_t q[Fields::kWords];
+        Tiled::Load(atom, at, q, s);
+      } else {
+#pragma unroll
+        for (uint32_t& word : s) word = 0;
+      }
+    }
+  };
+
   // normaliser: 2^24 over the row's. Lanes past the chunk's units get zeros; kExists: there are
   // none.
   template <bool kExists = false>
   __device__ __forceinline__ void Load(const uint8_t* atom, const Place& at, float normaliser) {
-    uint32_t s[Tiled::kScaleWords];
-    // Rows of whole atoms have no partial chunks.
-    if (kExists || Tiled::kChunks == 2 || at.unit < at.units) {
+    ScaleWords words;
+    LoadFields<kExists>(atom, at, words.s, normaliser);
+    MakeScales(words.s, at, normaliser);
+  }
+  __device__ __forceinline__ void Load(const uint8_t* atom, const Place& at,
+                                       const ScaleWords& words, float normaliser) {
+    uint32_t unused[Tiled::kScaleWords];
+    LoadFields(atom, at, unused, normaliser);
+    MakeScales(words.s, at, normaliser);
+  }
+
+  // Weights 4 step .. 4 step + 3, scaled.
+  template <int kStep>
+  __device__ __forceinline__ void Decode(uint32_t& first, uint32_t& second) const {
+    first = DecodePair<2 * kStep>();
+    second = DecodePair<2 * kStep + 1>();
+  }
+
+ private:
+  // Rows of whole atoms have no partial chunks.
+  static __device__ __forceinline__ bool IsThere(const Place& at) {
+    return Tiled::kChunks == 2 || at.unit < at.units;
+  }
+
+  template <bool kExists = false>
+  __device__ __forceinline__ void LoadFields(const uint8_t* atom, const Place& at,
+                                             uint32_t (&s)[Tiled::kScaleWords],
+                                             float& normaliser) {
+    if (kExists || IsThere(at)) {
       Tiled::Load(atom, at, q_, s);
     } else {
 #pragma unroll
       for (int i = 0; i < Fields::kWords; ++i) q_[i] = 0;
 #pragma unroll
-      for (int i = 0; i < Tiled::kScaleWords; ++i) s[i] = 0;
+      for (uint32_t& word : s) word = 0;
       normaliser = 0;
     }
+  }
+
+  __device__ __forceinline__ void MakeScales(const uint32_t (&s)[Tiled::kScaleWords],
+                                             const Place& at, float normaliser) {
     [[maybe_unused]] half2 factors;
     if constexpr (kIntegerScaled) factors = Tiled::Factors(s[Tiled::kFactorsWord], normaliser);
 #pragma unroll
@@ -87,14 +133,6 @@ class LaneUnit {
     }
   }
 
-  // Weights 4 step .. 4 step + 3, scaled.
-  template <int kStep>
-  __device__ __forceinline__ void Decode(uint32_t& first, uint32_t& second) const {
-    first = DecodePair<2 * kStep>();
-    second = DecodePair<2 * kStep + 1>();
-  }
-
- private:
   static constexpr bool kIntegerScaled = std::is_base_of_v<IntegerScaled, Tiled>;
   static_assert(kIntegerScaled == (kHasCentred<Format> || kIsCentred<Format>));
   static constexpr int kMiddle = kIntegerScaled ? 1 << (Tiling<Format>::kCodeBits - 1) : 0;

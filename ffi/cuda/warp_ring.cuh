@@ -92,7 +92,12 @@ class WarpRing {
   // Fetch.
   __device__ __forceinline__ const Stage& Wait() {
     const Stage& stage = Front();
-    if (++read_ == kStages) read_ = 0, parity_ ^= 1;
+    if constexpr (kStages == 2) {  // in fewer instructions
+      parity_ ^= read_;
+      read_ ^= 1;
+    } else if (++read_ == kStages) {
+      read_ = 0, parity_ ^= 1;
+    }
     --ahead_;
     return stage;
   }
@@ -121,7 +126,11 @@ class WarpRing {
     return static_cast<uint64_t*>(__cvta_shared_to_generic(full_ + stage * 8u));
   }
   __device__ __forceinline__ void CountFetch() {
-    if (++fetched_ == kStages) fetched_ = 0;
+    if constexpr (kStages == 2) {
+      fetched_ ^= 1;
+    } else if (++fetched_ == kStages) {
+      fetched_ = 0;
+    }
     ++ahead_;
   }
   template <typename T>
