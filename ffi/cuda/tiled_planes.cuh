@@ -5,8 +5,9 @@
 // fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale. Where
 // IntegerScaled, scale and offset are products of integers and of factors that a row's units share:
 // Integers, the second one times 2^-10, and Factors, of the word kFactorsWord, times `unit`, the second one
-// times 2^-14 besides; the offset is their product's negative. What rows share is computed in the same way
-// for both chunks and all groups, so that the compiler does it once.
+// times 2^-14 besides; the offset is their product's negative. Where PowerScaled, Power: the same as Scale in
+// fewer instructions. What rows share is computed in the same way for both chunks and all groups, so that the
+// compiler does it once.
 #pragma once
 
 #include <cuda_fp16.h>
