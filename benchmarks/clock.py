@@ -13,19 +13,18 @@ ROUNDS = 8  # of a chain of few tokens in one program
 SLOW_SECONDS = 0.25  # a call that takes longer is timed once
 
 
-def median_time(call, batch_seconds: float | None = None) -> float:
+def median_time(call) -> float:
     """Seconds of one call(), from medians over batches of back-to-back calls.
 
     That is what the calls take by which long batches are longer than short ones: to start the first
     call and to learn of the end of the last one takes milliseconds where a program has many arrays.
     """
-    batch_seconds = BATCH_SECONDS if batch_seconds is None else batch_seconds
     for _ in range(2):  # compiles; a command buffer is recorded on the second execution
         jax.block_until_ready(call())
     once = _seconds(call, 1)
     if once > SLOW_SECONDS:
         return once
-    batch = int(np.ceil(3 * batch_seconds / max(_seconds(call, 3), 1e-6)))
+    batch = int(np.ceil(3 * BATCH_SECONDS / max(_seconds(call, 3), 1e-6)))
     counts = (batch, 4 * batch)
     short, long = np.median([[_seconds(call, n) for n in counts] for _ in range(REPEATS)], axis=0)
     # The second one is larger only where other work disturbs very short batches.

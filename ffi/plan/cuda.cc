@@ -302,7 +302,8 @@ std::optional<CudaLayerShape> ChooseCudaLayer(const FfnProblem& problem, int64_t
   const int down = problem.down_format & ~kTiledFormat;
   // An expert's third token has its weights read again. With more than a pair an expert the kernels
   // for up to 8 tokens draw level at 5 tokens (Mixtral-8x7B).
-  const int64_t most = pairs <= shape.experts ? kCudaLayerTokens : kCudaLayerTokens / 2;
+  constexpr int64_t kTokensOfFewExperts = 4;
+  const int64_t most = pairs <= shape.experts ? kCudaLayerTokens : kTokensOfFewExperts;
   if (!hopper || !CudaFuses(problem) || !HasCudaLayer(up, down) || tokens < 1 || tokens > most ||
       pairs > kCudaFewPairs || std::min(shape.d_model, shape.d_expert) == 0 ||
       std::max(shape.d_model, shape.d_expert) > kMostColumns) {
