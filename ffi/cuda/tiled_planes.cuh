@@ -5,8 +5,8 @@
 // fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale. Where
 // IntegerScaled, scale and offset are products of integers and of factors that a row's units share:
 // Integers, the second one times 2^-10, and Factors, of the word kFactorsWord, times `unit`, the second one
-// times 2^-14 besides; the offset is their product's negative. Where PowerScaled, Power: the same as Scale in
-// fewer instructions. What rows share is computed in the same way for both chunks and all groups, so that the
+// times 2^-14 besides; the offset is their product's negative. Where PowerScaled, Power, and where TwoScaled, the
+// products of Numbers, of both groups, and Factor: the same as Scale in fewer instructions. What rows share is computed in the same way for both chunks and all groups, so that the
 // compiler does it once.
 #pragma once
 
@@ -76,6 +76,15 @@ __device__ __forceinline__ half2 TwoIntegers(uint32_t word) {
   constexpr uint32_t kMask = (1 << kBits) - 1, kOnes = 0x3c006400u;
   const uint32_t second = (word << (16 - kBits) & kMask << 16) | kOnes;
   return __hsub2(Halves((word & kMask) | second), Halves(kOnes));
+}
+
+// Two integers of kBits bits, the low bits of a word and those that follow, each less `less`, a
+// multiple of 1/2 if it is negative.
+template <int kBits>
+__device__ __forceinline__ half2 TwoIntegersLess(uint32_t word, float less) {
+  constexpr uint32_t kMask = (1 << kBits) - 1, kOnes = 0x64006400u;
+  const uint32_t second = (word << (16 - kBits) & kMask << 16) | kOnes;
+  return __hsub2(Halves((word & kMask) | second), BothHalves(1024.0f + less));
 }
 
 template <typename Format>
@@ -184,8 +193,20 @@ struct TiledUnit<MXFP4> : PowerScaled {
   }
 };
 
+// Both groups' scales are made at once: exact float16 numbers times a factor that they share.
+struct TwoScaled {
+  // Too large a factor, which then belongs to zeros, becomes the largest number.
+  static __device__ __forceinline__ half2 BothFactors(float factor) {
+    half2 result;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %1;"
+        : "=r"(reinterpret_cast<uint32_t&>(result))
+        : "f"(factor));
+    return result;
+  }
+};
+
 template <>
-struct TiledUnit<NVFP4> {
+struct TiledUnit<NVFP4> : TwoScaled {
   static constexpr int kChunks = 1, kScaleWords = 1;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -199,6 +220,14 @@ struct TiledUnit<NVFP4> {
     const uint32_t code = s[0] >> 8 * group & 0xff;
     const float scale = HalfBits((code & 0x7f) << 7) * (unit * 0x1p7f);
     return {code == 0x7f ? 0.0f : scale, 0.0f};
+  }
+  static __device__ __forceinline__ half2 Numbers(const uint32_t* s, const Place&) {
+    const uint32_t codes = BytePerm(s[0], 0, 0x4140);
+    const uint32_t numbers = __hne2_mask(Halves(codes), Halves(0x007f007fu));
+    return __hmul2(Halves(codes << 7 & 0x3f803f80u & numbers), BothHalves(0x1p8f));
+  }
+  static __device__ __forceinline__ half2 Factor(const uint32_t*, float unit) {
+    return BothFactors(unit * 0.5f);
   }
 };
 
@@ -264,7 +293,7 @@ struct TiledUnit<Q5_K> : SixBitScaled {
 };
 
 template <>
-struct TiledUnit<Q6_K> {
+struct TiledUnit<Q6_K> : TwoScaled {
   static constexpr int kChunks = 2, kScaleWords = 2;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -279,10 +308,16 @@ struct TiledUnit<Q6_K> {
     const uint32_t byte = __byte_perm(s[0] ^ 0x8080u, 0, 0x4440 | group);
     return {TimesLess(byte, 128, HalfBits(s[1]) * unit), 0.0f};
   }
+  static __device__ __forceinline__ half2 Numbers(const uint32_t* s, const Place&) {
+    return __hsub2(Halves(BytePerm(s[0] ^ 0x8080u, 0x64646464u, 0x4140)), Halves(0x64806480u));
+  }
+  static __device__ __forceinline__ half2 Factor(const uint32_t* s, float unit) {
+    return BothFactors(HalfBits(s[1]) * unit);
+  }
 };
 
 template <>
-struct TiledUnit<Q3_K> {
+struct TiledUnit<Q3_K> : TwoScaled {
   static constexpr int kChunks = 2, kScaleWords = 3;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -297,8 +332,19 @@ struct TiledUnit<Q3_K> {
   }
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int group,
                                                  float unit = 1.0f, float = 1.0f) {
-    const uint32_t bits = __funnelshift_r(s[0], s[1], 24 * at.unit) >> 12 * at.chunk;
-    return {TimesLess(bits >> 6 * group & 63, 32, HalfBits(s[2]) * unit), 0.0f};
+    return {TimesLess(Both(s, at) >> 6 * group & 63, 32, HalfBits(s[2]) * unit), 0.0f};
+  }
+  static __device__ __forceinline__ half2 Numbers(const uint32_t* s, const Place& at) {
+    return TwoIntegersLess<6>(Both(s, at), 32.0f);
+  }
+  static __device__ __forceinline__ half2 Factor(const uint32_t* s, float unit) {
+    return BothFactors(HalfBits(s[2]) * unit);
+  }
+
+ private:
+  // Six bits of each, and others above.
+  static __device__ __forceinline__ uint32_t Both(const uint32_t* s, const Place& at) {
+    return __funnelshift_r(s[0], s[1], 24 * at.unit) >> 12 * at.chunk;
   }
 };
 
@@ -399,7 +445,7 @@ struct TiledUnit<IQ1_S> : FourBitScaled<8> {
 };
 
 template <>
-struct TiledUnit<IQ1_M> {
+struct TiledUnit<IQ1_M> : TwoScaled {
   static constexpr int kChunks = 2, kScaleWords = 3;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -415,6 +461,13 @@ struct TiledUnit<IQ1_M> {
                                                  float unit = 1.0f, float = 1.0f) {
     const uint32_t scale = TenBits(s, at) >> 3 * group & 7;
     return {Times(2 * scale + 1, HalfBits(s[2] >> 16) * (unit * 0.125f)), 0.0f};
+  }
+  // Each x + 1/2.
+  static __device__ __forceinline__ half2 Numbers(const uint32_t* s, const Place& at) {
+    return TwoIntegersLess<3>(TenBits(s, at), -0.5f);
+  }
+  static __device__ __forceinline__ half2 Factor(const uint32_t* s, float unit) {
+    return BothFactors(HalfBits(s[2] >> 16) * (unit * 0.25f));
   }
   static __device__ __forceinline__ bool IsNegative(const uint32_t* s, const Place& at, int shift) {
     return TenBits(s, at) >> (6 + shift) & 1;
@@ -435,7 +488,7 @@ struct TiledUnit<IQ2_XXS> : FourBitScaled<12> {
 };
 
 // A byte with two scales a unit, and d.
-struct TwoScaleIq2 {
+struct TwoScaleIq2 : TwoScaled {
   static constexpr int kChunks = 2, kScaleWords = 2;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -449,6 +502,13 @@ struct TwoScaleIq2 {
     // A quarter of x + 1/2.
     const uint32_t odd = s[0] << 1 >> 4 * group & 30 | 1;
     return {Times(odd, HalfBits(s[1]) * (unit * 0.125f)), 0.0f};
+  }
+  // Each x + 1/2.
+  static __device__ __forceinline__ half2 Numbers(const uint32_t* s, const Place&) {
+    return TwoIntegersLess<4>(s[0], -0.5f);
+  }
+  static __device__ __forceinline__ half2 Factor(const uint32_t* s, float unit) {
+    return BothFactors(HalfBits(s[1]) * (unit * 0.25f));
   }
 };
 template <>
@@ -477,9 +537,6 @@ struct TiledUnit<IQ3_S> : FourBitScaled<16> {
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
                                                  float unit = 1.0f, float = 1.0f) {
     return {Times(Odd(s, at) & 31, HalfBits(s[1]) * unit), 0.0f};
-  }
-  static __device__ __forceinline__ bool IsNegative(const uint32_t*, const Place&, int) {
-    return false;
   }
 };
 #undef JM_LOAD

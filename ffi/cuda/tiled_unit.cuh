@@ -87,7 +87,7 @@ class LaneUnit {
     [[maybe_unused]] half2 factors;
     if constexpr (kIntegerScaled) factors = Tiled::Factors(s[Tiled::kFactorsWord], normaliser);
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
+    for (int group = 0; group < kScales; ++group) {
       half2 scale;
       if constexpr (kIntegerScaled) {
         // In float16 itself: fewer instructions, and no less exact. What rounding takes from the
@@ -104,6 +104,8 @@ class LaneUnit {
         } else {
           offset_[group] = __hsub2(rest, __high2half2(product));
         }
+      } else if constexpr (kTwoScaled) {
+        scale = __hmul2(Tiled::Numbers(s, at), Tiled::Factor(s, normaliser * kFieldUnit));
       } else if constexpr (std::is_base_of_v<PowerScaled, Tiled>) {
         scale = BothHalves(Tiled::Power(s, normaliser, Fields::kExponent));
       } else {
@@ -113,12 +115,11 @@ class LaneUnit {
         if constexpr (Format::kHasOffset) offset_[group] = BothHalves(affine.offset);
       }
       if constexpr (Fields::kShifts > 0) {
-        const float shift = __low2float(scale) * (0x1p-24f / kFieldUnit);
-        constexpr int kLeft = kTakesBias ? 0 : kBias;
-        const half2 plus = BothHalves(shift * (1 - kLeft));
-        const half2 minus = BothHalves(shift * (-1 - kLeft));
+        constexpr float kShift = 0x1p-24f / kFieldUnit;
+        const half2 plus = __hmul2(scale, BothHalves(kShift * (1 - kBias)));
+        const half2 minus = __hmul2(scale, BothHalves(kShift * (-1 - kBias)));
 #pragma unroll
-        for (int i = group * kOffsets / kGroups; i < (group + 1) * kOffsets / kGroups; ++i) {
+        for (int i = group * kOffsets / kScales; i < (group + 1) * kOffsets / kScales; ++i) {
           offset_[i] = Tiled::IsNegative(s, at, i) ? minus : plus;
         }
       } else if constexpr (kBias != 0 && !Format::kHasOffset) {
@@ -135,38 +136,48 @@ class LaneUnit {
 
   static constexpr bool kIntegerScaled = std::is_base_of_v<IntegerScaled, Tiled>;
   static_assert(kIntegerScaled == (kHasCentred<Format> || kIsCentred<Format>));
+  static constexpr bool kTwoScaled = std::is_base_of_v<TwoScaled, Tiled>;
+  static_assert(!kTwoScaled || kGroups == 2);
   static constexpr int kMiddle = kIntegerScaled ? 1 << (Tiling<Format>::kCodeBits - 1) : 0;
   static constexpr int kBias = kIsCentred<Format> ? kMiddle : Fields::kBias;
-  // Whether fields lose their bias. Those with shifts do if it is larger than these: rounding the sum
-  // of both would take too much.
-  static constexpr bool kTakesBias = kIsCentred<Format> || (Fields::kShifts > 0 && kBias > 8);
+  // What rounding takes from the sum of bias and shift is within bounds for a small bias only.
+  static_assert(Fields::kShifts == 0 || kBias <= 8);
   static constexpr bool kAddsOffset = Format::kHasOffset || kBias != 0;
-  static constexpr int kOffsets = Fields::kShifts > 0 ? Fields::kShifts : kGroups;
+  // Where kTwoScaled, each of both groups, in its halves.
+  static constexpr int kScales = kTwoScaled ? 1 : kGroups;
+  static constexpr int kOffsets = Fields::kShifts > 0 ? Fields::kShifts : kScales;
   // What the normaliser's 2^24 has too much for fields that are not multiples of 2^-24.
   static constexpr float kFieldUnit = 1.0f / (1 << (24 + Fields::kExponent));
 
+  // Of a scale or an offset, what pair i takes; the compiler makes operands of it.
+  template <int i>
+  static __device__ __forceinline__ half2 Of(half2 value) {
+    if constexpr (!kTwoScaled) return value;
+    return i < 8 ? __low2half2(value) : __high2half2(value);
+  }
+
   template <int i>
   __device__ __forceinline__ uint32_t DecodePair() const {
-    constexpr int group = kGroups == 1 ? 0 : i / 8;
     constexpr int position = Fields::template kPosition<i>;
+    const half2 scale = Of<i>(scale_[i * kScales / 16][position]);
     if constexpr (std::is_base_of_v<Fields1, Fields>) {
-      return Fields::template Signed<i>(q_, Bits(scale_[group][0]));
+      return Fields::template Signed<i>(q_, Bits(scale));
     }
     half2 field = Halves(Fields::template Pair<i>(q_));
-    if constexpr (kTakesBias) {
+    if constexpr (kIsCentred<Format>) {
       // Both are integers times 2^-24: exact.
       constexpr int kAt = position * Fields::kShift + 24 + Fields::kExponent;
       field = __hsub2(field, Halves((kBias << kAt) * 0x00010001u));
     }
     if constexpr (kAddsOffset) {
-      return Bits(__hfma2(field, scale_[group][position], offset_[i * kOffsets / 16]));
+      return Bits(__hfma2(field, scale, Of<i>(offset_[i * kOffsets / 16])));
     } else {
-      return Bits(__hmul2(field, scale_[group][position]));
+      return Bits(__hmul2(field, scale));
     }
   }
 
   uint32_t q_[Fields::kWords];
-  half2 scale_[kGroups][Fields::kPositions];
+  half2 scale_[kScales][Fields::kPositions];
   half2 offset_[kOffsets];  // where kAddsOffset
 };
 
