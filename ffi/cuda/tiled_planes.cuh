@@ -2,12 +2,17 @@
 //
 // kChunks of an atom; kScaleWords: what Load fills besides the fields; Scale: the group's scale times
 // `unit` and, with an offset, its offset times `offset_unit`, powers of two both, in float32; where
-// fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale. Where
-// IntegerScaled, scale and offset are products of integers and of factors that a row's units share:
-// Integers, the second one times 2^-10, and Factors, of the word kFactorsWord, times `unit`, the second one
-// times 2^-14 besides; the offset is their product's negative. Where PowerScaled, Power, and where TwoScaled, the
-// products of Numbers, of both groups, and Factor: the same as Scale in fewer instructions. What rows share is computed in the same way for both chunks and all groups, so that the
-// compiler does it once.
+// fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale.
+//
+// Others make the same in fewer instructions, in float16, of a unit's two groups at once:
+// - IntegerScaled: scale and offset are products of integers and of factors that a row's units
+//   share. Factors, of the word kFactorsWord, times `unit`, the second one times 2^-14 besides.
+//   Integers, the second one times 2^-10; or of two groups Scales and, times 2^-10, Minima. The
+//   offset is the product's negative.
+// - TwoScaled: the scales are the products of Numbers and Factor.
+// - PowerScaled: the scale is Power.
+// What rows share is computed in the same way for both chunks and all groups, so that the compiler
+// does it once.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -70,21 +75,23 @@ __device__ __forceinline__ float TimesLess(uint32_t x, int bias, float d) {
   return (__uint_as_float(0x4b000000u | x) - static_cast<float>(8388608 + bias)) * d;
 }
 
-// Two integers of kBits bits, below 2^10: the low bits of a word, and 2^-10 times those that follow.
+// The kBits low bits of a word in the low bits of a half, those that follow in the other one's, and
+// else `others`.
 template <int kBits>
-__device__ __forceinline__ half2 TwoIntegers(uint32_t word) {
-  constexpr uint32_t kMask = (1 << kBits) - 1, kOnes = 0x3c006400u;
-  const uint32_t second = (word << (16 - kBits) & kMask << 16) | kOnes;
-  return __hsub2(Halves((word & kMask) | second), Halves(kOnes));
+__device__ __forceinline__ half2 TwoFields(uint32_t word, uint32_t others) {
+  const uint32_t fields = Select(0xffff0000u, word << (16 - kBits), word);
+  return Halves(Select(((1u << kBits) - 1) * 0x00010001u, fields, others));
 }
 
-// Two integers of kBits bits, the low bits of a word and those that follow, each less `less`, a
-// multiple of 1/2 if it is negative.
+// Two integers of 6 bits, the second one times 2^-10.
+__device__ __forceinline__ half2 TwoIntegers(uint32_t word) {
+  constexpr uint32_t kOnes = 0x3c006400u;
+  return __hsub2(TwoFields<6>(word, kOnes), Halves(kOnes));
+}
+// Two integers of kBits bits, each less `less`, a multiple of 1/2 if it is negative.
 template <int kBits>
 __device__ __forceinline__ half2 TwoIntegersLess(uint32_t word, float less) {
-  constexpr uint32_t kMask = (1 << kBits) - 1, kOnes = 0x64006400u;
-  const uint32_t second = (word << (16 - kBits) & kMask << 16) | kOnes;
-  return __hsub2(Halves((word & kMask) | second), BothHalves(1024.0f + less));
+  return __hsub2(TwoFields<kBits>(word, 0x64006400u), BothHalves(1024.0f + less));
 }
 
 template <typename Format>
@@ -264,8 +271,8 @@ struct SixBitScaled : IntegerScaled {
     const uint32_t bits = Both(s, at);
     return {Times(bits & 63, d.x * unit), -Times(bits & 63 << 6, d.y * (offset_unit * 0x1p-6f))};
   }
-  static __device__ __forceinline__ half2 Integers(const uint32_t* s, const Place& at, int) {
-    return TwoIntegers<6>(Both(s, at));
+  static __device__ __forceinline__ half2 Integers(const uint32_t* s, const Place& at) {
+    return TwoIntegers(Both(s, at));
   }
 
  private:
@@ -363,8 +370,18 @@ struct TiledUnit<Q2_K> : IntegerScaled {
     const uint32_t bits = s[0] >> 8 * group;
     return {Times(bits & 15, d.x * unit), -Times(bits & 0xf0, d.y * (offset_unit * 0x1p-4f))};
   }
-  static __device__ __forceinline__ half2 Integers(const uint32_t* s, const Place&, int group) {
-    return TwoIntegers<4>(s[0] >> 8 * group);
+  static __device__ __forceinline__ half2 Scales(const uint32_t* s) {
+    constexpr uint32_t kOnes = 0x64006400u;
+    return __hsub2(Halves(Select(0x000f000fu, Bytes(s), kOnes)), Halves(kOnes));
+  }
+  static __device__ __forceinline__ half2 Minima(const uint32_t* s) {
+    constexpr uint32_t kOnes = 0x3c003c00u;
+    return __hsub2(Halves(Select(0x000f000fu, Bytes(s) >> 4, kOnes)), Halves(kOnes));
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t Bytes(const uint32_t* s) {
+    return BytePerm(s[0], 0, 0x4140);
   }
 };
 
