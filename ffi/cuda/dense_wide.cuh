@@ -339,8 +339,8 @@ class DenseWideBlock {
     for (int chunk = 0; chunk < chunks_; ++chunk) {
       uint64_t* full = m_.full + place.stage;
       bool left = chunk == 0;
-      // Where memory is what is waited for, the last chunk's place is not to wait too.
-      if (!left && !__all_sync(0xffffffffu, TestBarrier(full, place.parity))) {
+      // Who shares no weights mostly waits for memory: the last chunk's place is not to wait too.
+      if (cluster_ == 1 && !left && !__all_sync(0xffffffffu, TestBarrier(full, place.parity))) {
         WaitWarpgroup<0>();
         Leave(last);
         left = true;
