@@ -1,11 +1,12 @@
 """Mixture-of-Experts in JAX on weights packed as GGUF files pack them."""
 
+from jax_moe import _export as _export
 from jax_moe._block import MoEConfig, MoEParams, moe_block
 from jax_moe._ffi import DISABLED_EXPORT_CHECKS
 from jax_moe._ffn import Experts, moe_ffn
 from jax_moe._formats import BlockFormat
 from jax_moe._gemm import moe_gemm
-from jax_moe._gguf import GGUFFile, load_gguf
+from jax_moe._gguf import GGUFError, GGUFFile, load_gguf
 from jax_moe._packed import PackedExperts
 from jax_moe._quantize import quantize
 from jax_moe._routing import Dispatch, Routing, route, sort_by_expert
@@ -19,6 +20,7 @@ __all__ = [
     "BlockFormat",
     "Dispatch",
     "Experts",
+    "GGUFError",
     "GGUFFile",
     "KernelInfo",
     "MoEConfig",

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_moe._cli import positive
 from jax_moe._ffn import Experts, moe_ffn
 from jax_moe._formats import FORMATS, BlockFormat, as_format
 from jax_moe._ggml_moe import GgmlFfn, aligned
@@ -35,10 +36,19 @@ _IN_A_ROW = 4
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the benchmark and prints its table; returns the exit status."""
-    options = _parser().parse_args(argv)
-    names = FORMATS if options.formats == ["all"] else options.formats
-    formats = [as_format(name) for name in names]
+    """Runs the benchmark on the CPU and prints its table; returns the exit status.
+
+    Raises: ImportError where ggml's libraries are needed and not installed.
+    """
+    parser = _parser()
+    options = parser.parse_args(argv)
+    formats = [format for named in options.formats for format in named]
+    _check_sizes(parser, options, formats)
+    with jax.default_device(jax.devices("cpu")[0]):
+        return _run(formats, options)
+
+
+def _run(formats: Sequence[BlockFormat], options: argparse.Namespace) -> int:
     rows = []
     header: dict[str, Any] = {}
     for format in formats:
@@ -77,19 +87,46 @@ def _parser() -> argparse.ArgumentParser:
     )
     names = ["Q4_K", "Q5_K", "Q6_K", "Q8_0", "MXFP4"]
     parser.add_argument(
-        "--formats", nargs="+", default=names, metavar="NAME", help="block formats, or all"
+        "--formats",
+        nargs="+",
+        type=_formats,
+        default=list(map(_formats, names)),
+        metavar="NAME",
+        help="block formats, or all",
     )
-    parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 256], metavar="T")
-    parser.add_argument("--experts", type=int, default=128)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--d-model", type=int, default=2048)
-    parser.add_argument("--d-expert", type=int, default=768)
+    parser.add_argument("--tokens", nargs="+", type=positive, default=[1, 16, 256], metavar="T")
+    parser.add_argument("--experts", type=positive, default=128)
+    parser.add_argument("--top-k", type=positive, default=8)
+    parser.add_argument("--d-model", type=positive, default=2048)
+    parser.add_argument("--d-expert", type=positive, default=768)
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="measuring time a row (default 2)"
     )
     parser.add_argument("--no-ggml", dest="ggml", action="store_false", help="leave ggml out")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
+
+
+def _formats(text: str) -> list[BlockFormat]:
+    try:
+        return list(FORMATS.values()) if text == "all" else [as_format(text)]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _check_sizes(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, formats: Sequence[BlockFormat]
+) -> None:
+    """Ends the process with a message where the sizes do not fit one another or the formats."""
+    if options.top_k > options.experts:
+        parser.error(f"--top-k is at most --experts, {options.experts}, not {options.top_k}")
+    for name, size in (("--d-model", options.d_model), ("--d-expert", options.d_expert)):
+        for format in formats:
+            if size % format.block_size:
+                parser.error(
+                    f"{name} is a multiple of the {format.block_size} weights of a {format.name} "
+                    f"block, not {size}"
+                )
 
 
 def _threads() -> int:

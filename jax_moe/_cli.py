@@ -19,12 +19,12 @@ from jax_moe._table import binary_size, table
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["bench"]:  # has a parser of its own
-        from jax_moe import _bench
-
-        return _bench.main(arguments[1:]) or 0
-    options = _parser().parse_args(arguments)
     try:
+        if arguments[:1] == ["bench"]:  # has a parser of its own
+            from jax_moe import _bench
+
+            return _bench.main(arguments[1:]) or 0
+        options = _parser().parse_args(arguments)
         return options.run(options)
     except (GGUFError, OSError, ImportError) as error:
         print(f"jax_moe: {error}", file=sys.stderr)
@@ -48,9 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         "file", metavar="FILE", nargs="?", help="without it, a small model is made"
     )
     command.add_argument(
-        "--tokens", type=_positive, default=16, help="random tokens a layer (default 16)"
+        "--tokens", type=positive, default=16, help="random tokens a layer (default 16)"
     )
-    command.add_argument("--layers", type=_positive, help="run only the first so many MoE layers")
+    command.add_argument("--layers", type=positive, help="run only the first so many MoE layers")
     command.set_defaults(run=_demo)
 
     commands.add_parser("bench", help="time the kernels; see bench --help", add_help=False)
@@ -62,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """The type of a command line option that is an integer of at least 1."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError("it is at least 1")
     return value
@@ -166,7 +167,6 @@ def _info(options: argparse.Namespace) -> int:
 
 def info() -> dict[str, str]:
     """What `python -m jax_moe info` prints. Works where the native library does not."""
-    reason = _ffi.unusable()
     facts = {
         "jax_moe": jax_moe.__version__,
         "jax, jaxlib": f"{jax.__version__}, {jaxlib.__version__}",
@@ -177,9 +177,23 @@ def info() -> dict[str, str]:
         facts[f"built: {name}"] = (
             ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
         )
-    facts["kernels"] = "usable" if reason is None else f"unusable: {reason}"
+    facts["kernels"] = _usable(_ffi.unusable())
+    if _has_gpu():
+        facts["kernels on GPUs"] = _usable(_ffi.unusable_on_gpu())
     try:
         facts["devices"] = ", ".join(f"{device} ({device.device_kind})" for device in jax.devices())
     except RuntimeError as error:
         facts["devices"] = f"none: {error}"
     return facts
+
+
+def _usable(reason: str | None) -> str:
+    return "usable" if reason is None else f"unusable: {reason}"
+
+
+def _has_gpu() -> bool:
+    """Whether JAX sees a GPU, as its default or beside it."""
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:
+        return False

@@ -55,6 +55,9 @@ def run(path: str | None, *, num_tokens: int = 16, num_layers: int | None = None
 
 def _run(file: GGUFFile, num_tokens: int, num_layers: int | None) -> int:
     print(describe_file(file))
+    if not file.layers:
+        print("\nIt has no MoE layers, so there is nothing to run.")
+        return 1
     print()
     print(layer_table(file.layers))
     layers = [layer for layer in file.layers if layer.problem is None][:num_layers]

@@ -114,7 +114,8 @@ def moe_ffn(
     `h = act(gate_e x, up_e x)` and `y[t] = sum over slots s of weights[t, s] * (down_e h)` with
     `e = expert_ids[t, s]`, in slot order. A projection's result is multiplied by its expert's
     scale, then its bias is added, then the routing weight multiplies. An id outside [0, E) adds
-    nothing, which is what expert parallelism under `jax.shard_map` rests on.
+    nothing, which is what expert parallelism under `jax.shard_map` rests on. Limits on a GPU are as
+    in `moe_gemm`.
 
     Args:
       x: float32, float16 or bfloat16 `[T, H]`.

@@ -58,6 +58,9 @@ def moe_gemm(
 
         y[p, :] = w[p] * sum_c x[row(p), c] * weight[e, :, c]
 
+    A GPU takes up to 8192 experts, 2^30 pairs and 2^30 rows or columns. `jax.vmap` multiplies the
+    pairs by the batch, and the experts as well where `weight` is batched.
+
     Args:
       x: float32, float16 or bfloat16, `[T, K]` (row(p) = p // top_k) or `[P, K]` (row(p) = p).
       weight: `PackedExperts` or a dense float32, float16 or bfloat16 array, `[E, N, K]`.

@@ -90,7 +90,7 @@ def route(
 
     Args:
       logits: `[T, E]`, float32, float16 or bfloat16. The reference also takes float64, and then
-        computes and returns float64 weights.
+        computes and returns float64 weights. On a GPU E is at most 4096.
       top_k: experts a token, 1 to E / num_groups * num_groups_used.
       gating: "softmax", "sigmoid", "softmax_after_topk" or "sqrt_softplus".
       selection_bias: `[E]`, floating, or None.
@@ -136,7 +136,7 @@ def sort_by_expert(
     Args:
       expert_ids: `[T, k]` or `[P]`, int32 or a narrower integer. Any value is allowed; pairs with
         an id outside `[0, num_experts)` are listed last, in input order.
-      num_experts: E, at least 1.
+      num_experts: E, at least 1; on a GPU at most 8192, with at most 2^30 pairs.
       implementation: None for the kernel of the platform, "reference" for pure JAX.
 
     Raises:

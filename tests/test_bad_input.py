@@ -348,10 +348,70 @@ def test_ffn_handlers_check_too(changes, message):
         run_handler("jax_moe_ffn", ffn_call(**changes))
 
 
+def repack_call(**changes):
+    """The same of jax_moe_repack, of IQ1_S, whose blocks grow from 50 to 70 bytes."""
+    call = {
+        "data": np.zeros((2, 16, 100), U8),
+        "tiled": jax.ShapeDtypeStruct((2, 16, 140), U8),
+        "aux": jax.ShapeDtypeStruct((2, 16, 2), F32),
+        "format": 19,
+    }
+    assert call.keys() >= changes.keys()
+    return call | changes
+
+
+def unpack_call(**changes):
+    """The same of jax_moe_unpack."""
+    call = {
+        "tiled": np.zeros((2, 16, 140), U8),
+        "data": jax.ShapeDtypeStruct((2, 16, 100), U8),
+        "format": 19,
+    }
+    assert call.keys() >= changes.keys()
+    return call | changes
+
+
+# Platforms word it each in a way of their own: what is wrong is named by all.
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 99}, "unknown format 99"),
+        ({"data": np.zeros((32, 100), U8)}, "data|rank"),
+        ({"data": np.zeros((2, 16, 100), F32)}, "data|dtype|type"),
+        ({"data": np.zeros((2, 15, 100), U8)}, "data .* multiple of 16"),
+        ({"data": np.zeros((2, 16, 99), U8)}, "data .* of 50"),
+        ({"data": np.zeros((1, 16, 100), U8)}, "tiled"),
+        ({"tiled": jax.ShapeDtypeStruct((2, 16, 100), U8)}, "tiled"),
+        ({"aux": jax.ShapeDtypeStruct((2, 16, 1), F32)}, "aux"),
+    ],
+)
+def test_repack_handlers_check_too(changes, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        run_handler("jax_moe_repack", repack_call(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 99}, "unknown format 99"),
+        ({"tiled": np.zeros((2, 15, 140), U8)}, "tiled"),
+        ({"tiled": np.zeros((2, 16, 139), U8)}, "tiled"),
+        ({"data": jax.ShapeDtypeStruct((2, 15, 100), U8)}, "data .* multiple of 16"),
+        ({"data": jax.ShapeDtypeStruct((2, 16, 50), U8)}, "tiled"),
+        ({"data": jax.ShapeDtypeStruct((2, 16, 99), U8)}, "data .* of 50"),
+    ],
+)
+def test_unpack_handlers_check_too(changes, message):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        run_handler("jax_moe_unpack", unpack_call(**changes))
+
+
 def test_handlers_miss_nothing():
     """The calls above change one thing of a call that works; parts may also be missing."""
     run_handler("jax_moe_gemm", gemm_call())
     run_handler("jax_moe_ffn", ffn_call())
+    run_handler("jax_moe_repack", repack_call())
+    run_handler("jax_moe_unpack", unpack_call())
     for target, call, name in (
         ("jax_moe_gemm", gemm_call(), "top_k"),
         ("jax_moe_ffn", ffn_call(), "limit"),

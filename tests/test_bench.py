@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -44,6 +45,20 @@ def test_table_without_ggml(capsys):
     assert not _bench.main(["--formats", "Q8_0", "--no-ggml", *SMALL])
     out = capsys.readouterr().out
     assert "not measured" in out and "Q8_0" in out and "/ ggml" not in out
+
+
+def test_it_runs_on_the_cpu_whatever_the_default_device(monkeypatch):
+    devices = []
+
+    def measure(layer, *_):
+        devices.extend([layer.experts.up.data.devices(), jax.config.jax_default_device])
+        return {"instruction_set": ""}
+
+    monkeypatch.setattr(_bench, "_measure", measure)
+    with jax.default_device(jax.devices()[-1]):
+        _bench.main(["--formats", "Q8_0", "--no-ggml", "--json", *SMALL, "--tokens", "1"])
+    cpu = jax.devices("cpu")[0]
+    assert devices == [{cpu}, cpu]
 
 
 def test_results_that_differ_are_not_timed(monkeypatch):

@@ -1,4 +1,4 @@
-"""The build's explicit CUDA switch."""
+"""What is built and packed: the explicit CUDA switch, the marker of a typed package."""
 
 import os
 import shutil
@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_type_checkers_read_the_annotations():
+    """PEP 561's marker lies beside the sources, so that wheel and sdist have it too."""
+    assert (ROOT / "jax_moe" / "py.typed").exists()
 
 
 def configure(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:

@@ -19,7 +19,7 @@ from make_gguf import (
 )
 
 import jax_moe
-from jax_moe import _cli, _demo, _ffi
+from jax_moe import _cli, _demo, _ffi, _ggml_moe, _libggml
 from jax_moe._gguf import progress
 from jax_moe._gguf.split import Model
 from jax_moe._table import binary_size, table
@@ -100,6 +100,32 @@ def test_bench_gets_its_arguments(monkeypatch):
     assert given == ["--formats", "Q4_K"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--formats", "FOO"], "argument --formats: format 'FOO' is not a block format"),
+        (["--tokens", "0"], "argument --tokens: it is at least 1"),
+        (["--experts", "4"], "--top-k is at most --experts, 4, not 8"),
+        (["--d-model", "300"], "--d-model is a multiple of the 256 weights of a Q4_K block"),
+    ],
+)
+def test_bench_refuses_bad_arguments(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit:
+        _cli.main(["bench", *arguments])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bench_without_ggml_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "libggml", None)
+    _libggml.load.cache_clear()
+    _ggml_moe._libraries.cache_clear()
+    sizes = ["--experts", "2", "--top-k", "1", "--d-model", "64", "--d-expert", "32"]
+    status, out, err = run(capsys, "bench", "--formats", "Q8_0", *sizes)
+    assert (status, out) == (1, "")
+    assert err.startswith("jax_moe: this needs ggml's libraries")
+
+
 def test_info(capsys):
     status, out, _ = run(capsys, "info")
     facts = dict(line.split(maxsplit=1) for line in out.splitlines() if len(line.split()) > 1)
@@ -117,6 +143,20 @@ def test_info_works_without_the_kernels(capsys, monkeypatch):
     status, out, _ = run(capsys, "info")
     assert status == 0
     assert "unusable: built against FFI API 9.9" in out
+
+
+@pytest.mark.parametrize("reason", [None, "the driver is too old"])
+def test_info_tells_whether_gpus_can_be_used(capsys, monkeypatch, reason):
+    """Only where JAX sees one; the CPU's kernels say nothing of it."""
+    row = "kernels on GPUs       "
+    gpus = _cli._has_gpu()
+    assert (row in run(capsys, "info")[1]) == gpus
+    monkeypatch.setattr(_cli, "_has_gpu", lambda: not gpus)
+    monkeypatch.setattr(_ffi, "unusable_on_gpu", lambda: reason)
+    _, out, _ = run(capsys, "info")
+    assert (row in out) != gpus
+    if not gpus:
+        assert row + ("usable" if reason is None else f"unusable: {reason}") in out
 
 
 def test_it_is_a_command():
@@ -137,6 +177,15 @@ def test_demo(capsys):
     for row in rows:
         assert float(row.split()[-1]) <= _demo.TOLERANCE[jax.default_backend()]
         assert "48.0 MiB" in row  # 3 projections of 32 experts of 512 x 256 in float32
+
+
+@needs_kernels
+def test_demo_of_a_file_without_moe_layers(capsys, tmp_path):
+    tensors = {"output_norm.weight": np.ones(64, np.float32)}
+    path = write_gguf(tmp_path / "model.gguf", "llama", {}, tensors)
+    status, out, err = run(capsys, "demo", path)
+    assert (status, err) == (1, "")
+    assert out.splitlines()[-1] == "It has no MoE layers, so there is nothing to run."
 
 
 @needs_kernels

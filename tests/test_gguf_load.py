@@ -1,6 +1,7 @@
 """From a file to MoEParams and MoEConfig: one small model of every kind of block."""
 
 import dataclasses
+import gc
 from pathlib import Path
 
 import gguf
@@ -374,6 +375,79 @@ def test_a_sharding_is_for_the_routed_experts(tmp_path):
     assert {shard.data.shape for shard in up.addressable_shards} == {(2, *up.shape[1:])}
     replicated = [params.router, params.shared_gate, params.shared.up.data]
     assert all(leaf.sharding.is_fully_replicated for leaf in replicated)
+
+
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs two devices")
+@pytest.mark.parametrize(
+    ("name", "spec", "prepack", "shard"),
+    [
+        ("blk.1.ffn_up_exps.weight", P("e"), False, (2, 32, 68)),
+        ("blk.1.ffn_up_exps.weight", P(None, "e"), True, (4, 16, 68)),
+        ("output.weight", P(None, "e"), False, (1, 16, 68)),
+        ("output.weight", P(None, "e"), True, (1, 16, 68)),
+        ("blk.1.ffn_gate_inp.weight", P("e"), False, (2, 64)),
+        ("blk.1.ffn_gate_inp.weight", P(None, "e"), False, (4, 32)),
+    ],
+)
+def test_a_sharding_of_a_tensor_is_followed(tmp_path, name, spec, prepack, shard):
+    own = {"output.weight": (Weights()(32, 64), "Q8_0"), "output_norm.weight": Weights()(64)}
+    made = model("qwen3moe", {}, own, formats=("Q8_0",) * 3)
+    file = GGUFFile(write_gguf(tmp_path / "model.gguf", *made))
+    sharding = NamedSharding(Mesh(np.array(jax.devices()[:2]), ("e",)), spec)
+    tensor = file.load_tensor(name, sharding, prepack=prepack)
+    data = tensor.data if isinstance(tensor, PackedExperts) else tensor
+    assert {part.data.shape for part in data.addressable_shards} == {shard}
+    whole = file.load_tensor(name, prepack=prepack)
+    jax.tree.map(np.testing.assert_array_equal, tensor, whole)
+    with pytest.raises(ValueError, match="rank"):
+        file.load_tensor("output_norm.weight", NamedSharding(sharding.mesh, P(None, "e")))
+
+
+@pytest.mark.parametrize("prepack", [False, True])
+def test_a_load_under_a_trace(tmp_path, prepack):
+    """Abstract arrays of `jax.eval_shape`, and constants of a jitted program."""
+    file = GGUFFile(write_qwen3moe(tmp_path / "model.gguf"))
+    params, config = file.load(0, prepack=prepack)
+    abstract, same = jax.eval_shape(lambda: file.load(0, prepack=prepack))
+    assert same == config
+    assert jax.tree.structure(abstract) == jax.tree.structure(params)
+    for leaf, expected in zip(jax.tree.leaves(abstract), jax.tree.leaves(params), strict=True):
+        assert isinstance(leaf, jax.ShapeDtypeStruct)
+        assert (leaf.shape, leaf.dtype) == (expected.shape, expected.dtype)
+    traced, _ = jax.jit(lambda: file.load(0, prepack=prepack))()
+    jax.tree.map(np.testing.assert_array_equal, traced, params)
+
+
+@pytest.mark.parametrize("index", ["0", 0.0, None, True])
+def test_a_layer_is_an_int(tmp_path, index):
+    file = GGUFFile(write_qwen3moe(tmp_path / "model.gguf"))
+    with pytest.raises(TypeError, match=f"layer is an int, not {index!r}"):
+        file.load(index)
+    assert file.load(np.int64(0))[1] == file.load(0)[1]
+
+
+def test_a_closed_file(tmp_path):
+    """What was loaded stays, nothing more can be, and the memory map goes."""
+    path = write_qwen3moe(tmp_path / "model.gguf", keys={"x:general.alignment": 64})
+    with GGUFFile(path) as file:
+        expected = load_gguf(path, 0)[0]
+        params, _ = file.load(0)  # views of the file, on a CPU
+        assert file.layers
+    file.close()
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    for use in (
+        lambda: file.load(0),
+        lambda: file.load_tensor("token_embd.weight"),
+        lambda: file.metadata,
+        lambda: file.architecture,
+    ):
+        with pytest.raises(GGUFError, match="the file has been closed"):
+            use()
+    del params, expected, file
+    gc.collect()
+    with GGUFFile(path) as file:
+        assert str(path) in Path("/proc/self/maps").read_text()
+    assert str(path) not in Path("/proc/self/maps").read_text()
 
 
 def tensors_of(params):

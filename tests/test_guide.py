@@ -1,4 +1,5 @@
-"""Runs the Python of docs/guide.md, from top to bottom, on a small file under the name it uses."""
+"""Runs the Python of docs/guide.md and of README.md, each from top to bottom, on a small file under
+the name that they use."""
 
 import functools
 import re
@@ -10,17 +11,19 @@ from make_gguf import Weights, expert_tensors, model_keys, write_gguf
 
 from jax_moe._ffi import unusable
 
-PAGE = Path(__file__).parent.parent / "docs" / "guide.md"
+ROOT = Path(__file__).parent.parent
+GUIDE, README = ROOT / "docs" / "guide.md", ROOT / "README.md"
+FILE = "Qwen3-30B-A3B-Q4_K_M.gguf"
 SIZES = {"experts": 8, "d_model": 64, "d_expert": 32}
 
 needs_kernels = pytest.mark.skipif(unusable() is not None, reason=str(unusable()))
 
 
-def snippets():
+def snippets(path):
     """Each with as many empty lines before it as the page has, so that errors name the line."""
-    page = PAGE.read_text()
+    page = path.read_text()
     for match in re.finditer(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
-        yield "\n" * page[: match.start(1)].count("\n") + match[1]
+        yield compile("\n" * page[: match.start(1)].count("\n") + match[1], str(path), "exec")
 
 
 def write_model(path):
@@ -35,11 +38,11 @@ def write_model(path):
 @needs_kernels
 def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_model(tmp_path / "Qwen3-30B-A3B-Q4_K_M.gguf")
+    write_model(tmp_path / FILE)
     results, names = [], {"__name__": "guide"}
-    for snippet in snippets():
+    for snippet in snippets(GUIDE):
         names.pop("y", None)
-        exec(compile(snippet, str(PAGE), "exec"), names)
+        exec(snippet, names)
         if "y" in names:
             results.append(np.asarray(names["y"]).reshape(-1, SIZES["d_model"]))
     # A layer in plain JAX; two layers; the experts alone; the layer in NNX, Linen, and Linen with
@@ -52,9 +55,24 @@ def test_the_guide_runs(tmp_path, monkeypatch, capsys):
     for other in (experts, on_devices, on_devices_in_flax):
         close(other, block)
     assert np.isfinite(two_layers).all()
+    # The whole model from a checkpoint, which was built without its weights.
+    np.testing.assert_array_equal(names["model"](names["x"]), names["block"](names["x"]))
     assert "softmax, top 2 of 8" in capsys.readouterr().out
 
 
-def test_links_of_the_guide():
-    for target in re.findall(r"\]\(([^)#]+)\)", PAGE.read_text()):
-        assert (PAGE.parent / target).exists(), target
+@needs_kernels
+def test_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / FILE)
+    names = {"__name__": "readme"}
+    for snippet in snippets(README):
+        exec(snippet, names)
+    y = names["feed_forward"](names["params"], np.ones((3, SIZES["d_model"]), np.float32))
+    assert y.shape == (3, SIZES["d_model"])
+    assert names["y"].shape == names["x"].shape and np.isfinite(names["y"]).all()
+
+
+@pytest.mark.parametrize("page", [GUIDE, README])
+def test_links(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target

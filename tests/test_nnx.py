@@ -104,6 +104,22 @@ def test_eval_shape(moe):
         assert (y.shape, y.dtype) == ((T, H), jnp.float32)
 
 
+@pytest.mark.parametrize("prepack", [False, True])
+def test_eval_shape_of_a_file(tmp_path, prepack):
+    file = jax_moe.GGUFFile(write_qwen3moe(tmp_path / "model.gguf"))
+    make = lambda: MoE.from_gguf(file, 1, prepack=prepack, expert_axis="expert")  # noqa: E731
+    shapes = jax.eval_shape(lambda: make().params)
+    abstract = nnx.eval_shape(make)
+    assert abstract.config == make().config
+    graph, state = nnx.get_abstract_model(make, cases.expert_mesh())
+    for params in (abstract.params, nnx.merge(graph, state).params):
+        assert jax.tree.structure(params) == jax.tree.structure(make().params)
+        same = lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype)  # noqa: E731
+        assert jax.tree.all(jax.tree.map(same, params, shapes))
+    specs = [leaf.sharding.spec for leaf in jax.tree.leaves(state["experts"])]
+    assert set(specs) == {P("expert", None, None)}
+
+
 def test_training_leaves_packed_weights_alone(moe):
     before = jax.tree.map(jnp.copy, moe.params)
     x, target = cases.tokens(), cases.tokens(1)

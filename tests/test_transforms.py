@@ -11,7 +11,7 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 import jax_moe
-from jax_moe import Experts, PackedExperts, Routing
+from jax_moe import Experts, MoEConfig, MoEParams, PackedExperts, Routing
 
 E, H, F, T, K = 4, 64, 96, 5, 2
 
@@ -204,13 +204,32 @@ def test_reference_has_the_gradient_of_the_dense_computation():
 
 def test_export_and_back(op):
     pytest.importorskip("flatbuffers")
-    x, routing = inputs()
-    w = experts()
-    leaves, tree = jax.tree.flatten((x, routing, w))
-    function = jax.jit(lambda *leaves: op(*jax.tree.unflatten(tree, leaves)))
-    exported = export.export(function, disabled_checks=jax_moe.DISABLED_EXPORT_CHECKS)(*leaves)
-    again = export.deserialize(exported.serialize())
-    close(again.call(*leaves), op(x, routing, w))
+    arguments = (*inputs(), experts())
+    exported = export.export(jax.jit(op), disabled_checks=jax_moe.DISABLED_EXPORT_CHECKS)
+    again = export.deserialize(exported(*arguments).serialize())
+    close(again.call(*arguments), op(*arguments))
+
+
+@pytest.mark.parametrize("prepack", [False, True])
+def test_an_exported_function_takes_and_returns_every_public_pytree(prepack):
+    """MoEParams with a dense and packed weights, MoEConfig; Routing and Dispatch come back."""
+    pytest.importorskip("flatbuffers")
+    w = experts().prepack() if prepack else experts()
+    params = MoEParams(experts=w, router=oracle.normal(np.random.default_rng(1), (E, H)))
+    config = MoEConfig(top_k=K, gating="sigmoid", activation_betas=(1.5, 0.5), scale=0.1)
+
+    def block(params, x, config):
+        routing = jax_moe.route(x @ params.router.T, config.top_k, gating=config.gating)
+        dispatch = jax_moe.sort_by_expert(routing.expert_ids, E)
+        return params.experts, routing, dispatch, config, jax_moe.moe_ffn(x, routing, w)
+
+    arguments = params, inputs()[0], config
+    exported = export.export(jax.jit(block), disabled_checks=jax_moe.DISABLED_EXPORT_CHECKS)
+    again = export.deserialize(exported(*arguments).serialize())
+    assert again.in_tree == jax.tree.structure((arguments, {}))
+    result, expected = again.call(*arguments), block(*arguments)
+    assert jax.tree.structure(result) == jax.tree.structure(expected)
+    jax.tree.map(close, result, expected)
 
 
 def test_export_with_a_symbolic_number_of_tokens(op):

@@ -29,6 +29,6 @@ import jax_moe
 import pytest
 
 assert jax_moe.__file__.startswith(__import__("os").path.abspath(sys.argv[1])), jax_moe.__file__
-files = ["test_formats", "test_routing", "test_moe_gemm", "test_moe_ffn", "test_bad_input"]
-sys.exit(pytest.main([*(sys.argv[2:] or [f"tests/{name}.py" for name in files]), "-x"]))
+names = ["formats", "routing", "moe_gemm", "moe_ffn", "bad_input", "tiled"]
+sys.exit(pytest.main([*(sys.argv[2:] or [f"tests/test_{name}.py" for name in names]), "-x"]))
 PY

@@ -6,7 +6,7 @@ import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ class GGUFFile:
 
     The header is parsed once; weights stay in the memory map until `load` asks for them. The file
     must not be changed while it is open or while arrays loaded onto the CPU are in use, since they
-    may be views of it.
+    may be views of it. `close`, or the end of a `with` block, closes it.
 
     Args:
       path: the file; of a split model any of its parts, the others are found beside it.
@@ -45,21 +45,42 @@ class GGUFFile:
     def __init__(self, path: str | os.PathLike[str]):
         self._model = Model(path)
         self.path = Path(path)
+        self._closed = False
+
+    def __enter__(self) -> GGUFFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the file; nothing more can be loaded then. It may be called again.
+
+        Arrays that are views of the file stay valid, and keep its memory map until they are gone.
+        """
+        self._closed = True
+        for part in self._model.parts:
+            part.close()
 
     @property
     def architecture(self) -> str:
         """The key `general.architecture`, like "qwen3moe"."""
-        return architecture_name(self._model)
+        return architecture_name(self._open_model())
 
     @property
     def metadata(self) -> Mapping[str, Any]:
         """The file's key-value pairs, decoded on access; arrays of numbers are NumPy arrays."""
-        return self._model.metadata
+        return self._open_model().metadata
 
     @functools.cached_property
     def layers(self) -> tuple[GGUFLayer, ...]:
         """The model's MoE layers in order, with whether and why each can be run."""
-        return read_layers(self._model)
+        return read_layers(self._open_model())
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -82,11 +103,14 @@ class GGUFFile:
 
         Args:
           name: as in the file, like "blk.0.attn_q.weight"; a key of `tensors`.
-          device_or_sharding: where to put it; JAX's default device if None.
+          device_or_sharding: where to put it; JAX's default device if None. A NamedSharding's spec
+            is for the axes of the result, `[1, N, row_bytes]` if that is packed.
           prepack, progress: as in `load`.
 
         Raises:
-          GGUFError: if there is no such tensor, or its type is not one of those.
+          GGUFError: if there is no such tensor, its type is not one of those, or the file is
+            closed.
+          ValueError: if the sharding does not fit the shape.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -98,7 +122,7 @@ class GGUFFile:
         packed = tensor.ggml_type in BLOCK_FORMATS
         leading = (1,) * (3 - len(tensor.shape)) if packed else ()
         entry = Entry(tensor, (*leading, *tensor.shape), weight=True)
-        return self._stream({"": entry}, name, device_or_sharding, prepack, progress)[""]
+        return self._stream({"": entry}, name, {"": device_or_sharding}, prepack, progress)[""]
 
     def load(
         self,
@@ -119,7 +143,7 @@ class GGUFFile:
         arrays may be views of the file instead, and are then not copied at all.
 
         Args:
-          layer: the layer's index in the model, as in `layers`.
+          layer: the layer's index in the model, as in `layers`; an int.
           device_or_sharding: where to put the arrays; JAX's default device if None. A NamedSharding
             is for the routed experts, `[E, N, row_bytes]`; of everything else each device of its
             mesh gets a copy. With `NamedSharding(mesh, P("expert"))` every device holds its share
@@ -130,11 +154,20 @@ class GGUFFile:
           progress: whether to show a progress bar on stderr when the load takes more than a second;
             None: if stderr is a terminal.
 
+        Under a trace of `jax.eval_shape` or `jax.jit` the arrays are abstract, as `nnx.eval_shape`
+        needs them, or constants of the program.
+
         Raises:
-          GGUFError: if the model has no such MoE layer, or it cannot be run; it says why.
+          GGUFError: if the model has no such MoE layer, it cannot be run, or the file is closed; it
+            says which and why.
+          TypeError: if `layer` is not an int.
         """
         info = self._layer(layer)
-        leaves = self._stream(info.entries, f"layer {layer}", device_or_sharding, prepack, progress)
+        targets = {
+            leaf: _of_leaf(device_or_sharding, leaf, len(entry.shape))
+            for leaf, entry in info.entries.items()
+        }
+        leaves = self._stream(info.entries, f"layer {layer}", targets, prepack, progress)
         assert info.config is not None
         return _assemble(leaves), info.config
 
@@ -142,17 +175,17 @@ class GGUFFile:
         self,
         entries: Mapping[str, Entry],
         label: str,
-        target: jax.Device | jax.sharding.Sharding | None,
+        targets: Mapping[str, jax.Device | jax.sharding.Sharding | None],
         prepack: bool,
         progress: bool | None,
     ) -> dict[str, Any]:
-        """The leaves of these names on the device."""
+        """The leaves of these names, each where its target says."""
         self._check_size()
         leaves: dict[str, Any] = {}
         for leaf in read({k: entry.tensor for k, entry in entries.items()}, label, progress):
-            placed = _place(leaf, self._host_array(entries[leaf]), target)
+            placed = jax.device_put(self._host_array(entries[leaf]), targets[leaf])
             if prepack and isinstance(placed, PackedExperts):
-                placed = placed.prepack(donate=True)
+                placed = placed.prepack(donate=not isinstance(placed.data, jax.core.Tracer))
             # Waiting costs no reading: the kernel goes on with the next tensors meanwhile.
             leaves[leaf] = jax.block_until_ready(placed)
             tensor = entries[leaf].tensor
@@ -160,13 +193,20 @@ class GGUFFile:
                 tensor.release()
         return leaves
 
+    def _open_model(self) -> Model:
+        if self._closed:
+            raise self._model.error("the file has been closed")
+        return self._model
+
     def _check_size(self) -> None:
         # A map of a file that has shrunk kills the process at the first touch.
-        for part in self._model.parts:
+        for part in self._open_model().parts:
             if os.stat(part.path).st_size < part.size:
                 raise part.error("the file has become shorter since it was opened")
 
     def _layer(self, index: int) -> GGUFLayer:
+        if isinstance(index, bool) or not isinstance(index, int | np.integer):
+            raise TypeError(f"layer is an int, not {index!r}.")
         for info in self.layers:
             if info.index == index:
                 if info.problem is not None:
@@ -204,21 +244,26 @@ def load_gguf(path: str | os.PathLike[str], layer: int) -> tuple[MoEParams, MoEC
     return GGUFFile(path).load(layer)
 
 
-def _place(leaf: str, array: Any, target: jax.Device | jax.sharding.Sharding | None) -> Any:
-    if isinstance(target, NamedSharding):
-        rank = (array.data if isinstance(array, PackedExperts) else array).ndim
-        spec = target.spec[:rank] if leaf.startswith("experts.") else ()
-        target = NamedSharding(target.mesh, PartitionSpec(*spec), memory_kind=target.memory_kind)
-    return jax.device_put(array, target)
+def _of_leaf(
+    target: jax.Device | jax.sharding.Sharding | None, leaf: str, rank: int
+) -> jax.Device | jax.sharding.Sharding | None:
+    """Where a leaf of a layer goes: the spec is for the routed experts, their biases and scales."""
+    if not isinstance(target, NamedSharding):
+        return target
+    spec = target.spec[:rank] if leaf.startswith("experts.") else ()
+    return NamedSharding(target.mesh, PartitionSpec(*spec), memory_kind=target.memory_kind)
 
 
 def _is_view(leaf: Any, raw: np.ndarray) -> bool:
-    """Whether a leaf's data are the file's memory, as they may be on a CPU."""
+    """Whether a leaf's data are, or under a trace may become, the file's memory, as on a CPU."""
+    arrays = jax.tree.leaves(leaf)
+    if any(isinstance(array, jax.core.Tracer) for array in arrays):
+        return True
     start = raw.__array_interface__["data"][0]
     return any(
         shard.device.platform == "cpu"
         and start <= shard.data.unsafe_buffer_pointer() < start + raw.nbytes
-        for array in jax.tree.leaves(leaf)
+        for array in arrays
         for shard in array.addressable_shards
     )
 

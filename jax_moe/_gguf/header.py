@@ -10,6 +10,7 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import stat
@@ -133,6 +134,11 @@ class Header:
 
     def error(self, message: str) -> GGUFError:
         return GGUFError.at(self.path, message)
+
+    def close(self) -> None:
+        """Unmaps the file, or leaves that to the last of the arrays that are views of it."""
+        with contextlib.suppress(BufferError):
+            self.buffer.close()
 
     def _parse_version(self, cursor: Cursor) -> int:
         magic = self.buffer[cursor.take(4, "the magic") : cursor.position]
