@@ -234,7 +234,7 @@ def e2m1_words(pair):
 
 def octal_words(name, q):
     """Codes of three bits in nibbles: 24 of them, and the other eight on top of these; or all 32,
-    and on top fourth bits, in a byte that of a word's second four weights before the first four's."""
+    and on top fourth bits: in a byte one of a word's last four weights, then of its first."""
     if name == "IQ3_XXS":
         low = (q & 7).reshape(*q.shape[:-1], 4, 8)
         fours = (q >> 3).reshape(*q.shape[:-1], 4, 2, 4)
