@@ -318,14 +318,16 @@ class NarrowWarp {
     }
     half* y = static_cast<half*>(args_.y) + n / 128 * 128 + NarrowPlace(n % 128);
     ForEachToken(share, [&](int pair, float first, float second, float pair_h_factor) {
-      // Not before the loop, where some warps have no turn: what might still be under way, the
-      // compiler waits for at the start of every step, and for x with it.
+      // Not before the loop, where some warps have no turn, nor in the activations, some of which
+      // do without gate: what might still be under way, the compiler waits for at the start of
+      // every step, and for x with it.
       const RowFinish finish(args_, share.expert, n);
+      const float gate = finish.Gate(first), up = finish.Up(parts_ == 2 ? second : first);
       float h;
       // In the loop: code that is short stays in the instruction cache, and turns are few.
       WithActivation(args_.activation, [&](auto activation) {
-        h = finish.Activate<decltype(activation)::value>(args_, first,
-                                                         parts_ == 2 ? second : first);
+        h = FastActivate<decltype(activation)::value>(gate, up, args_.limit, args_.beta,
+                                                      args_.linear_beta);
       });
       y[pair * args_.y_pitch] = __float2half_rn(h * pair_h_factor);
     });
