@@ -21,11 +21,10 @@ double HalfValue(uint32_t bits) {
   return bits >> 15 ? -magnitude : magnitude;
 }
 
-// Less the plus or minus one that is no part of a field: IQ3_S has even ones, IQ1 multiples of 8.
+// Less the plus or minus one that is no part of a field of IQ1, a multiple of 8.
 template <typename Format>
 int WithoutShift(int field) {
-  if (FieldsOf<Format>::kShifts == 0) return field;
-  return std::is_same<Format, IQ3_S>::value ? field - 1 : (field + 4) & ~7;
+  return FieldsOf<Format>::kShifts == 0 ? field : (field + 4) & ~7;
 }
 
 template <typename Format, int i>

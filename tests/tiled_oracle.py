@@ -234,11 +234,11 @@ def e2m1_words(pair):
 
 def octal_words(name, q):
     """Codes of three bits in nibbles: 24 of them, and the other eight on top of these; or all 32,
-    and on top fourth bits, those of a word's first pair in its halves' last nibbles."""
+    and on top fourth bits, in a byte that of a word's second four weights before the first four's."""
     if name == "IQ3_XXS":
         low = (q & 7).reshape(*q.shape[:-1], 4, 8)
-        pair = (q >> 3).reshape(*q.shape[:-1], 4, 4, 2)
-        top = np.swapaxes(pair[..., ::-1, :], -1, -2).reshape(low.shape)
+        fours = (q >> 3).reshape(*q.shape[:-1], 4, 2, 4)
+        top = np.swapaxes(fours[..., ::-1, :], -1, -2).reshape(low.shape)
     else:
         low = q[..., :24].reshape(*q.shape[:-1], 3, 8)
         top = q[..., None, 24:] >> np.arange(3, dtype=np.uint32)[:, None] & 1
@@ -267,9 +267,9 @@ def code_words(name, q):
         6: lambda j: [
             (8 * (j // 3) + i, at, first, count)
             for i, at, first, count in (
-                [(0, 0, 0, 6), (1, 6, 0, 6), (6, 12, 0, 4)],
-                [(2, 0, 0, 6), (3, 6, 0, 6), (6, 12, 4, 2), (7, 14, 4, 2)],
-                [(4, 0, 0, 6), (5, 6, 0, 6), (7, 12, 0, 4)],
+                [(0, 10, 0, 6), (1, 4, 0, 6), (6, 0, 0, 4)],
+                [(2, 10, 0, 6), (3, 4, 0, 6), (6, 0, 4, 2), (7, 2, 4, 2)],
+                [(4, 10, 0, 6), (5, 4, 0, 6), (7, 0, 0, 4)],
             )[j % 3]
         ],
     }

@@ -1,6 +1,7 @@
 // Nibbles as indices into a table of 16 int8.
 #pragma once
 
+#include "ffi/blocks/bits.h"
 #include "ffi/blocks/decoder.h"
 
 #if defined(__SSSE3__) && !defined(__CUDACC__)
@@ -16,6 +17,18 @@ struct NibbleTable {
   uint32_t word[4];
 };
 
+// The entries of four nibbles of a word, those of its low (half = 0) or its high half.
+JM_HD uint32_t LookupFour(const NibbleTable& table, uint32_t word, int half) {
+  // A byte permutation has three index bits: look up in both halves of the table, then choose by
+  // the fourth. Selectors are made for both halves of the word at once: by Select, for the compiler
+  // would shift first and then mask each half.
+  const uint32_t index = Select(0x77777777u, word, 0) >> 16 * half;
+  const uint32_t choice = Select(0x44444444u, word >> 1, 0x32103210u) >> 16 * half;
+  const uint32_t lower = BytePerm(table.word[0], table.word[1], index);
+  const uint32_t upper = BytePerm(table.word[2], table.word[3], index);
+  return BytePerm(lower, upper, choice);
+}
+
 // Looks up the low and the high nibbles of 16 bytes, each in the order of the bytes.
 template <int kAlign>
 JM_HD void LookupNibbles(const NibbleTable& table, const uint8_t* nibbles, uint32_t (&low)[4],
@@ -23,17 +36,9 @@ JM_HD void LookupNibbles(const NibbleTable& table, const uint8_t* nibbles, uint3
 #if defined(__CUDA_ARCH__)
   for (int j = 0; j < 4; ++j) {
     const uint32_t word = LoadU32<kAlign>(nibbles + 4 * j);
-    // A byte permutation has three index bits: look up in both halves, then choose by the fourth.
-    const uint32_t index = word & 0x77777777u;
-    const uint32_t choice = (word >> 1 & 0x44444444u) | 0x32103210u;
-    uint32_t pair[2];
-    for (int i = 0; i < 2; ++i) {
-      const uint32_t lower = __byte_perm(table.word[0], table.word[1], index >> 16 * i);
-      const uint32_t upper = __byte_perm(table.word[2], table.word[3], index >> 16 * i);
-      pair[i] = __byte_perm(lower, upper, choice >> 16 * i);
-    }
-    low[j] = __byte_perm(pair[0], pair[1], 0x6420);
-    high[j] = __byte_perm(pair[0], pair[1], 0x7531);
+    const uint32_t first = LookupFour(table, word, 0), second = LookupFour(table, word, 1);
+    low[j] = BytePerm(first, second, 0x6420);
+    high[j] = BytePerm(first, second, 0x7531);
   }
 #elif defined(__SSSE3__) && !defined(__CUDACC__)
   const __m128i values = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.word));

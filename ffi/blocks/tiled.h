@@ -84,7 +84,7 @@ struct CodeBit {
 //
 // kOctal: the low three bits weight after weight in nibbles. Of three bits, those of weight 24 + i
 // are on top of the i-th nibbles of the three words. Of four, the fourth ones are on top of their
-// word's nibbles, those of its pair i at bit 15 - 4 i of the halves.
+// word's nibbles: of weight i at bit 8 i + 7, of weight 4 + i at bit 8 i + 3.
 enum class Order { kNatural, kPairs, kE2M1, kOctal };
 
 // What bit `position` of word `word` of a unit's codes holds.
@@ -103,15 +103,17 @@ JM_HD constexpr CodeBit Packing(int bits, Order order, int word, int position) {
   if (order == Order::kOctal) {
     const int nibble = position / 4, b = position % 4;
     if (b < 3) return {8 * word + nibble, b};
-    return bits == 3 ? CodeBit{24 + nibble, word} : CodeBit{8 * word + 2 * (3 - bit / 4) + half, 3};
+    return bits == 3 ? CodeBit{24 + nibble, word}
+                     : CodeBit{8 * word + (nibble % 2 == 0 ? 4 : 0) + nibble / 2, 3};
   }
   if (bits == 6) {
-    // Words A, B, C of 16 weights, two pairs each; pairs 6 and 7 lie in what is left: the low four
-    // bits of 6 in A and of 7 in C, the high two of both in B.
+    // Words A, B, C of 16 weights, two pairs each; pairs 6 and 7 lie in the halves' last four bits:
+    // the low four bits of 6 in A and of 7 in C, the high two of both in B.
     const int pair = 8 * (word / 3), part = word % 3;
-    if (bit < 12) return {2 * (pair + 2 * part + bit / 6) + half, bit % 6};
-    if (part != 1) return {2 * (pair + (part == 0 ? 6 : 7)) + half, bit - 12};
-    return {2 * (pair + (bit < 14 ? 6 : 7)) + half, 4 + bit % 2};
+    if (bit >= 10) return {2 * (pair + 2 * part) + half, bit - 10};
+    if (bit >= 4) return {2 * (pair + 2 * part + 1) + half, bit - 4};
+    if (part != 1) return {2 * (pair + (part == 0 ? 6 : 7)) + half, bit};
+    return {2 * (pair + (bit < 2 ? 6 : 7)) + half, 4 + bit % 2};
   }
   const int pairs_a_word = 16 / bits;
   if (bit < pairs_a_word * bits) {

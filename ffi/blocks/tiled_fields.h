@@ -13,35 +13,11 @@
 //   Pair<i>(words)   its fields, in the low and the high half
 #pragma once
 
+#include "ffi/blocks/bits.h"
 #include "ffi/blocks/formats.h"
+#include "ffi/blocks/lookup.h"
 
 namespace jax_moe {
-
-// Bytes of b:a chosen by the nibbles of `selector`, none above 7.
-JM_HD uint32_t BytePerm(uint32_t a, uint32_t b, uint32_t selector) {
-#if defined(__CUDA_ARCH__)
-  return __byte_perm(a, b, selector);
-#else
-  const uint64_t bytes = static_cast<uint64_t>(b) << 32 | a;
-  uint32_t result = 0;
-  for (int i = 0; i < 4; ++i) {
-    result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
-  }
-  return result;
-#endif
-}
-
-// The bits of a where the mask has ones, those of b elsewhere: one instruction, where the compiler
-// would mask a and b by themselves for each use.
-JM_HD uint32_t Select(uint32_t mask, uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
-  uint32_t result;
-  asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(result) : "r"(mask), "r"(a), "r"(b));
-  return result;
-#else
-  return (mask & a) | (~mask & b);
-#endif
-}
 
 // a << kBits by the pipe that multiplies, where the one for masks and shifts has more to do: by a
 // number that the compiler cannot know, or it would make a shift of it.
@@ -93,19 +69,18 @@ struct Fields5 : IntegerFields {
 };
 
 struct Fields6 : IntegerFields {
-  static constexpr int kWords = 6, kPositions = 1, kShift = 0;
+  static constexpr int kWords = 6, kPositions = 2, kShift = 4;
   template <int i>
-  static constexpr int kPosition = 0;
+  static constexpr int kPosition = i % 8 < 6 && i % 2 == 1 ? 1 : 0;
   template <int i>
   static JM_HD uint32_t Pair(const uint32_t* q) {
     constexpr int local = i % 8;
     const uint32_t* abc = q + 3 * (i / 8);
     if constexpr (local < 6) {
-      return (local % 2 == 0 ? abc[local / 2] : abc[local / 2] >> 6) & 0x003f003fu;
-    } else if constexpr (local == 6) {
-      return (abc[0] >> 12 & 0x000f000fu) | (abc[1] >> 8 & 0x00300030u);
+      return local % 2 == 0 ? abc[local / 2] >> 10 & 0x003f003fu : abc[local / 2] & 0x03f003f0u;
     } else {
-      return (abc[2] >> 12 & 0x000f000fu) | (abc[1] >> 10 & 0x00300030u);
+      const uint32_t low = abc[local == 6 ? 0 : 2], high = abc[1] << (local == 6 ? 4 : 2);
+      return Select(0x000f000fu, low, high) & 0x003f003fu;
     }
   }
 };
@@ -178,11 +153,8 @@ struct FieldsIq4 : IntegerFields {
   static JM_HD uint32_t Pair(const uint32_t* q) {
     constexpr NibbleTable kTable = Flipped(Iq4Values());
     // Pairs 2 n and 2 n + 1 share 16 bits: the compiler sees that the lookups are the same.
-    const uint32_t w = i / 2 % 2 == 0 ? q[i / 4] : q[i / 4] >> 16;
-    const uint32_t index = w & 0x7777u, choice = (w >> 1 & 0x4444u) | 0x3210u;
-    const uint32_t lower = BytePerm(kTable.word[0], kTable.word[1], index);
-    const uint32_t upper = BytePerm(kTable.word[2], kTable.word[3], index);
-    return BytePerm(BytePerm(lower, upper, choice), 0, i % 2 == 0 ? 0x4140 : 0x4342);
+    const uint32_t four = LookupFour(kTable, q[i / 4], i / 2 % 2);
+    return BytePerm(four, 0, i % 2 == 0 ? 0x4140 : 0x4342);
   }
 };
 
@@ -218,16 +190,16 @@ struct FieldsIq1 {
   }
 };
 
-// Nibbles c of odd numbers 2 c - 15, read as 2 c: one more is the shift.
-struct FieldsIq3S {
-  static constexpr int kWords = 4, kPositions = 2, kShift = 4;
-  static constexpr int kExponent = -24, kBias = 16, kShifts = 1;
+// Nibbles c of odd numbers 2 c - 15, read as 2 c + 1.
+struct FieldsIq3S : IntegerFields {
+  static constexpr int kWords = 4, kPositions = 2, kShift = 4, kBias = 16;
   template <int i>
   static constexpr int kPosition = i % 2;
   template <int i>
   static JM_HD uint32_t Pair(const uint32_t* q) {
     const uint32_t w = i % 4 < 2 ? q[i / 4] << 1 : q[i / 4] >> 7;
-    return w & (i % 2 == 0 ? 0x001e001eu : 0x01e001e0u);
+    constexpr int kAt = kShift * kPosition<i>;
+    return Select(0x001e001eu << kAt, w, 0x00010001u << kAt);
   }
 };
 
@@ -237,13 +209,15 @@ struct OctalFields : IntegerFields {
   static constexpr int kWords = kBits, kPositions = 1, kShift = 0;
   template <int i>
   static constexpr int kPosition = 0;
-  // Those of pair i.
   template <int i>
-  static JM_HD uint32_t Bytes(const uint32_t* q) {
+  static JM_HD uint32_t Pair(const uint32_t* q) {
     // Pairs 2 n and 2 n + 1 share 16 bits: the compiler sees that the lookups are the same.
-    const uint32_t index = Eight<i / 4>(q);
-    const uint32_t four = BytePerm(kLow, kHigh, i / 2 % 2 == 0 ? index : index >> 16);
-    return BytePerm(four, 0, i % 2 == 0 ? 0x4140 : 0x4342);
+    constexpr int kHalf = i / 2 % 2;
+    const uint32_t four = BytePerm(kLow, kHigh, Eight<i / 4>(q) >> 16 * kHalf);
+    // Fourth bits become the signs of halves.
+    uint32_t upper = 0;
+    if constexpr (kBits == 4) upper = (kHalf == 0 ? q[i / 4] : q[i / 4] << 4) & 0x80808080u;
+    return BytePerm(four, upper, i % 2 == 0 ? 0x5140 : 0x7362);
   }
 
  private:
@@ -251,7 +225,7 @@ struct OctalFields : IntegerFields {
   template <int n>
   static JM_HD uint32_t Eight(const uint32_t* q) {
     if constexpr (n < kBits) {
-      return q[n] & 0x77777777u;
+      return Select(0x77777777u, q[n], 0);  // or the compiler shifts first and masks each half
     } else {
       return (q[0] >> 3 & 0x11111111u) | (q[1] >> 2 & 0x22222222u) | (q[2] >> 1 & 0x44444444u);
     }
@@ -261,19 +235,11 @@ struct OctalFields : IntegerFields {
 // 8, 25, 43 and, from index 4 on, their negatives, read as value + 64.
 struct FieldsIq2 : OctalFields<3, 0x406b5948u, 0x40152738u> {
   static constexpr int kBias = 64;
-  template <int i>
-  static JM_HD uint32_t Pair(const uint32_t* q) {
-    return Bytes<i>(q);
-  }
 };
 
 // Magnitudes, and signs from their fourth bits.
 struct FieldsIq3 : OctalFields<4, 0x1c140c04u, 0x3e342c24u> {
   static constexpr int kBias = 0;
-  template <int i>
-  static JM_HD uint32_t Pair(const uint32_t* q) {
-    return Bytes<i>(q) | (q[i / 4] << 4 * (i % 4) & 0x80008000u);
-  }
 };
 
 template <typename Format>

@@ -21,6 +21,10 @@ ffi::Error Invalid(const std::string& op, const std::string& what) {
 
 ffi::Error CudaError(const std::string& op, cudaError_t status) {
   if (status == cudaSuccess) return ffi::Error::Success();
+  // What a launch says of sizes that its grid or a kernel's 31-bit offsets cannot hold.
+  if (status == cudaErrorInvalidConfiguration) {
+    return Invalid(op, "the call is too large for one launch: give it fewer tokens at a time");
+  }
   return ffi::Error::Internal(op + ": " + cudaGetErrorName(status) + ": " +
                               cudaGetErrorString(status));
 }

@@ -100,6 +100,8 @@ cudaError_t LaunchDenseWide(const DenseWideArgs& args, cudaStream_t stream) {
   DenseWideParams params = {};
   params.args = args;
   params.paired = args.activate && args.weight[0] != nullptr;
+  // With this mean hardly any expert has two tiles. Tokens are read for every band: L2 is theirs.
+  params.once = 2 * args.pairs <= kDenseWideTokens * args.experts;
   params.plain = IsPlain(args);
   params.stores_eight = StoresEight(args);
   const int64_t band_rows = params.paired ? kDenseWideRows / 2 : kDenseWideRows;

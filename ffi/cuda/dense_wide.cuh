@@ -6,7 +6,8 @@
 // warps gather by index, both in the 128-byte swizzle. Gatherers wait for free places only; when
 // their copies are done, a thread of its own makes them visible to the tensor cores. Two warpgroups
 // multiply, each 2 x 64 rows by as many columns as the tile has tokens, rounded up to 8. While they
-// store an item's results, the next item's operands arrive.
+// store an item's results, the next item's operands arrive. Copies of weights need the lists alone:
+// where these are older than the kernel before this one, they do not wait for its end.
 //
 // Where experts have several tiles, two blocks form a cluster and have the same weight rows of two
 // tiles: each copies half of the weights to both. A place of the ring is free once the consumers of
@@ -35,6 +36,7 @@ struct DenseWideParams {
   DenseWideArgs args;
   int32_t bands;  // items of a tile
   int32_t paired;
+  int32_t once;          // nearly all weights are read by one block
   int32_t plain;         // with activate: gate and up come without factors and biases
   int32_t stores_eight;  // y has 16-bit elements, eight of which can be stored at once everywhere
 };
@@ -56,7 +58,8 @@ struct DenseWideShape {
   static constexpr int kInfos = kStages + 1;
   static constexpr int kPass = 16;  // tokens whose results are stored at a time
   static constexpr int kBuffers = kParts == 1 ? 2 : 1;  // of these
-  static constexpr int kGroupTiles = 8;
+  // That go through the bands together: tiles, or pairs of them where blocks have pairs.
+  static constexpr int kGroupTiles = 2, kGroupPairs = 4;
 
   struct Info {
     int32_t expert, count, band;
@@ -116,6 +119,7 @@ class DenseWideBlock {
     WaitInCluster();
     if (threadIdx.x < 128) {
       GiveRegisters<Shape::kProducerRegisters>();
+      if (threadIdx.x > 0) WaitForEarlierKernels();  // as far as has not been done
       if (threadIdx.x >= 64) {
         GatherTokens(threadIdx.x - 64);
       } else if (threadIdx.x == 32) {
@@ -125,6 +129,7 @@ class DenseWideBlock {
       }
     } else {
       TakeRegisters<Shape::kConsumerRegisters>();
+      WaitForEarlierKernels();
       Consume();
     }
     // The other block may still write here.
@@ -146,7 +151,7 @@ class DenseWideBlock {
   // expert, go through the bands together. The blocks of a cluster have a band of neighbouring
   // tiles; past the last one there is an empty tile.
   __device__ __forceinline__ Item FindItem(int index) const {
-    const int group = Shape::kGroupTiles / cluster_;
+    const int group = cluster_ == 1 ? Shape::kGroupTiles : Shape::kGroupPairs;
     const int first = index / (group * params_.bands) * group;
     const int rest = index - first * params_.bands;
     const int steps = min(steps_ - first, group);
@@ -168,8 +173,8 @@ class DenseWideBlock {
   __device__ __forceinline__ int Begin() const { return blockIdx.x / cluster_; }
   __device__ __forceinline__ int Stride() const { return gridDim.x / cluster_; }
 
-  // By one thread. Of weights that the cluster shares, a block brings two of four slots, to both
-  // blocks.
+  // By one thread, for which it is enough that the lists are there. Of weights that the cluster
+  // shares, a block brings two of four slots, to both blocks.
   __device__ __forceinline__ void CopyWeights() {
     Position place;
     int index = Begin();
@@ -184,11 +189,17 @@ class DenseWideBlock {
         ArriveExpectBytes(full, Shape::kSlots * Shape::kSlotBytes);
 #pragma unroll
         for (int slot = 0; slot < Shape::kSlots; ++slot) {
-          if (item.shared && slot / 2 != rank_) continue;
-          TensorCopy(m_.stage[place.stage] + slot * Shape::kSlotBytes,
-                     params_.map + (params_.paired ? slot % 2 : 0), chunk * Shape::kChunk,
-                     FirstRow(item.band, slot), item.tile.expert, full,
-                     item.shared ? 3 : 1 << rank_);
+          uint8_t* to = m_.stage[place.stage] + slot * Shape::kSlotBytes;
+          const CUtensorMap* map = params_.map + (params_.paired ? slot % 2 : 0);
+          const int column = chunk * Shape::kChunk, row = FirstRow(item.band, slot);
+          if (item.shared) {
+            if (slot / 2 != rank_) continue;
+            TensorCopyToBlocks(to, map, column, row, item.tile.expert, full, 3);
+          } else if (params_.once) {
+            TensorCopyOnce(to, map, column, row, item.tile.expert, full);
+          } else {
+            TensorCopy(to, map, column, row, item.tile.expert, full);
+          }
         }
       }
     }
@@ -326,7 +337,15 @@ class DenseWideBlock {
     using Product = WarpgroupShared<T, kColumns>;
     int last = 0;
     for (int chunk = 0; chunk < chunks_; ++chunk) {
-      WaitBarrier(m_.full + place.stage, place.parity);
+      uint64_t* full = m_.full + place.stage;
+      bool left = chunk == 0;
+      // Who shares no weights mostly waits for memory: the last chunk's place is not to wait too.
+      if (cluster_ == 1 && !left && !__all_sync(0xffffffffu, TestBarrier(full, place.parity))) {
+        WaitWarpgroup<0>();
+        Leave(last);
+        left = true;
+      }
+      WaitBarrier(full, place.parity);
       const uint8_t* stage = m_.stage[place.stage];
       const uint64_t a = SwizzledOperand(stage + 2 * Group() * Shape::kSlotBytes);
       const uint64_t b = SwizzledOperand(stage + Shape::kTokensAt);
@@ -344,7 +363,7 @@ class DenseWideBlock {
       CommitWarpgroup();
       // The last chunk's products have ended.
       WaitWarpgroup<1>();
-      if (chunk > 0) Leave(last);
+      if (!left) Leave(last);
       last = place.stage;
       place.Next();
     }
@@ -733,8 +752,9 @@ __global__ void __launch_bounds__(DenseWideShape<kParts>::kThreads, 1)
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Block = DenseWideBlock<T, kParts>;
   extern __shared__ uint8_t shared[];
-  LetNextKernelStart();
-  WaitForEarlierKernels();
+  // With older lists, weights are on their way before the kernel before this one has ended.
+  if (!params.args.lists.older) WaitForEarlierKernels();
+  LetNextKernelStart();  // which may then read the lists at once: Lists::older
   const uint32_t address = SharedAddress(shared);
   auto& memory =
       *reinterpret_cast<typename Block::Memory*>(shared + ((1024 - address % 1024) % 1024));

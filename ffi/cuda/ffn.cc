@@ -188,6 +188,7 @@ class Products {
     args.y = args.h_parts > 0 ? const_cast<void*>(to.values) : ffn_.Values();
     args.y_pitch = args.h_parts > 0 ? to.pitch : ffn_.d_expert;
     status = LaunchDenseWide(args, stream_);
+    lists_are_older_ = args.h_parts > 0;
     if (status != cudaSuccess || args.h_parts > 0) return status;
     return LaunchPrepare(ffn_.Values(), Element::kF32, h, stream_);
   }
@@ -239,6 +240,7 @@ class Products {
     args.y_pitch = y_pitch;
     args.y_type = y_scales == nullptr ? Element::kF32 : Element::kF16;
     args.y_scales = y_scales;
+    args.lists.older = lists_are_older_;
     return LaunchDenseWide(args, stream_);
   }
 

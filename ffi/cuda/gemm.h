@@ -39,7 +39,8 @@ struct Lists {
   const int32_t* expert_ids = nullptr;
   const int32_t* entries = nullptr;
   int32_t experts = 0;
-  // Tiled narrow kernels: the lists were there before the kernel before this one let it start.
+  // Tiled narrow and dense wide kernels: the lists were there before the kernel before this one let
+  // it start.
   bool older = false;
 };
 

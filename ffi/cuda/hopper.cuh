@@ -95,6 +95,28 @@ __device__ __forceinline__ void WaitBarrier(uint64_t* barrier, uint32_t parity) 
       : "memory");
 }
 
+// Whether the barrier's phase of this parity has ended.
+__device__ __forceinline__ bool TestBarrier(uint64_t* barrier, uint32_t parity) {
+  uint32_t ended;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(ended)
+      : "r"(SharedAddress(barrier)), "r"(parity)
+      : "memory");
+  return ended != 0;
+}
+
+// For copies of what is hardly read again before L2 needs its place: it takes none from what is.
+__device__ __forceinline__ uint64_t OncePolicy() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
 // Copies `bytes` from global to shared memory, all multiples of 16, and tells the barrier.
 __device__ __forceinline__ void BulkCopy(void* shared, const void* global, uint32_t bytes,
                                          uint64_t* barrier) {
@@ -105,15 +127,13 @@ __device__ __forceinline__ void BulkCopy(void* shared, const void* global, uint3
       : "memory");
 }
 
-// The same of what is hardly read again before L2 needs its place: it takes none from what is.
+// The same with OncePolicy.
 __device__ __forceinline__ void BulkCopyOnce(void* shared, const void* global, uint32_t bytes,
                                              uint64_t* barrier) {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   asm volatile(
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1], %2, [%3], %4;" ::"r"(SharedAddress(shared)),
-      "l"(global), "r"(bytes), "r"(SharedAddress(barrier)), "l"(policy)
+      "l"(global), "r"(bytes), "r"(SharedAddress(barrier)), "l"(OncePolicy())
       : "memory");
 }
 

@@ -586,12 +586,15 @@ class LayerWarp {
         y = WaitForGiven(Given(DownPart() + 1));
       }
       if (gives) continue;
+      // In slot order; the next result is on its way while one is added.
+      float sum = 0, next = __shfl_sync(0xffffffffu, y, lane_ - slot);
 #pragma unroll 1
-      for (int d = 1; d < top_k; d *= 2) {
-        const float other = __shfl_down_sync(0xffffffffu, y, d);
-        if (slot + d < top_k) y += other;
+      for (int s = 1; s <= top_k; ++s) {
+        const float one = next;
+        next = __shfl_sync(0xffffffffu, y, lane_ - slot + s);
+        sum += one;
       }
-      if (slot == 0) Store(args_.down.y, token * args_.down.y_pitch + row, args_.down.y_type, y);
+      if (slot == 0) Store(args_.down.y, token * args_.down.y_pitch + row, args_.down.y_type, sum);
     }
   }
 

@@ -2,12 +2,17 @@
 //
 // kChunks of an atom; kScaleWords: what Load fills besides the fields; Scale: the group's scale times
 // `unit` and, with an offset, its offset times `offset_unit`, powers of two both, in float32; where
-// fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale. Where
-// IntegerScaled, scale and offset are products of integers and of factors that a row's units share:
-// Integers, the second one times 2^-10, and Factors, of the word kFactorsWord, times `unit`, the second one
-// times 2^-14 besides; the offset is their product's negative. Where PowerScaled, Power: the same as Scale in
-// fewer instructions. What rows share is computed in the same way for both chunks and all groups, so that the
-// compiler does it once.
+// fields leave shifts out, IsNegative: the sign of a shift, which are plus or minus a scale.
+//
+// Others make the same in fewer instructions, in float16, of a unit's two groups at once:
+// - IntegerScaled: scale and offset are products of integers and of factors that a row's units
+//   share. Factors, of the word kFactorsWord, times `unit`, the second one times 2^-14 besides.
+//   Integers, the second one times 2^-10; or of two groups Scales and, times 2^-10, Minima. The
+//   offset is the product's negative.
+// - TwoScaled: the scales are the products of Numbers and Factor.
+// - PowerScaled: the scale is Power.
+// What rows share is computed in the same way for both chunks and all groups, so that the compiler
+// does it once.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -70,12 +75,23 @@ __device__ __forceinline__ float TimesLess(uint32_t x, int bias, float d) {
   return (__uint_as_float(0x4b000000u | x) - static_cast<float>(8388608 + bias)) * d;
 }
 
-// Two integers of kBits bits, below 2^10: the low bits of a word, and 2^-10 times those that follow.
+// The kBits low bits of a word in the low bits of a half, those that follow in the other one's, and
+// else `others`.
 template <int kBits>
+__device__ __forceinline__ half2 TwoFields(uint32_t word, uint32_t others) {
+  const uint32_t fields = Select(0xffff0000u, word << (16 - kBits), word);
+  return Halves(Select(((1u << kBits) - 1) * 0x00010001u, fields, others));
+}
+
+// Two integers of 6 bits, the second one times 2^-10.
 __device__ __forceinline__ half2 TwoIntegers(uint32_t word) {
-  constexpr uint32_t kMask = (1 << kBits) - 1, kOnes = 0x3c006400u;
-  const uint32_t second = (word << (16 - kBits) & kMask << 16) | kOnes;
-  return __hsub2(Halves((word & kMask) | second), Halves(kOnes));
+  constexpr uint32_t kOnes = 0x3c006400u;
+  return __hsub2(TwoFields<6>(word, kOnes), Halves(kOnes));
+}
+// Two integers of kBits bits, each less `less`, a multiple of 1/2 if it is negative.
+template <int kBits>
+__device__ __forceinline__ half2 TwoIntegersLess(uint32_t word, float less) {
+  return __hsub2(TwoFields<kBits>(word, 0x64006400u), BothHalves(1024.0f + less));
 }
 
 template <typename Format>
@@ -184,8 +200,20 @@ struct TiledUnit<MXFP4> : PowerScaled {
   }
 };
 
+// Both groups' scales are made at once: exact float16 numbers times a factor that they share.
+struct TwoScaled {
+  // Too large a factor, which then belongs to zeros, becomes the largest number.
+  static __device__ __forceinline__ half2 BothFactors(float factor) {
+    half2 result;
+    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %1;"
+        : "=r"(reinterpret_cast<uint32_t&>(result))
+        : "f"(factor));
+    return result;
+  }
+};
+
 template <>
-struct TiledUnit<NVFP4> {
+struct TiledUnit<NVFP4> : TwoScaled {
   static constexpr int kChunks = 1, kScaleWords = 1;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -199,6 +227,14 @@ struct TiledUnit<NVFP4> {
     const uint32_t code = s[0] >> 8 * group & 0xff;
     const float scale = HalfBits((code & 0x7f) << 7) * (unit * 0x1p7f);
     return {code == 0x7f ? 0.0f : scale, 0.0f};
+  }
+  static __device__ __forceinline__ half2 Numbers(const uint32_t* s, const Place&) {
+    const uint32_t codes = BytePerm(s[0], 0, 0x4140);
+    const uint32_t numbers = __hne2_mask(Halves(codes), Halves(0x007f007fu));
+    return __hmul2(Halves(codes << 7 & 0x3f803f80u & numbers), BothHalves(0x1p8f));
+  }
+  static __device__ __forceinline__ half2 Factor(const uint32_t*, float unit) {
+    return BothFactors(unit * 0.5f);
   }
 };
 
@@ -235,8 +271,8 @@ struct SixBitScaled : IntegerScaled {
     const uint32_t bits = Both(s, at);
     return {Times(bits & 63, d.x * unit), -Times(bits & 63 << 6, d.y * (offset_unit * 0x1p-6f))};
   }
-  static __device__ __forceinline__ half2 Integers(const uint32_t* s, const Place& at, int) {
-    return TwoIntegers<6>(Both(s, at));
+  static __device__ __forceinline__ half2 Integers(const uint32_t* s, const Place& at) {
+    return TwoIntegers(Both(s, at));
   }
 
  private:
@@ -264,7 +300,7 @@ struct TiledUnit<Q5_K> : SixBitScaled {
 };
 
 template <>
-struct TiledUnit<Q6_K> {
+struct TiledUnit<Q6_K> : TwoScaled {
   static constexpr int kChunks = 2, kScaleWords = 2;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -279,10 +315,16 @@ struct TiledUnit<Q6_K> {
     const uint32_t byte = __byte_perm(s[0] ^ 0x8080u, 0, 0x4440 | group);
     return {TimesLess(byte, 128, HalfBits(s[1]) * unit), 0.0f};
   }
+  static __device__ __forceinline__ half2 Numbers(const uint32_t* s, const Place&) {
+    return __hsub2(Halves(BytePerm(s[0] ^ 0x8080u, 0x64646464u, 0x4140)), Halves(0x64806480u));
+  }
+  static __device__ __forceinline__ half2 Factor(const uint32_t* s, float unit) {
+    return BothFactors(HalfBits(s[1]) * unit);
+  }
 };
 
 template <>
-struct TiledUnit<Q3_K> {
+struct TiledUnit<Q3_K> : TwoScaled {
   static constexpr int kChunks = 2, kScaleWords = 3;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -297,8 +339,19 @@ struct TiledUnit<Q3_K> {
   }
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int group,
                                                  float unit = 1.0f, float = 1.0f) {
-    const uint32_t bits = __funnelshift_r(s[0], s[1], 24 * at.unit) >> 12 * at.chunk;
-    return {TimesLess(bits >> 6 * group & 63, 32, HalfBits(s[2]) * unit), 0.0f};
+    return {TimesLess(Both(s, at) >> 6 * group & 63, 32, HalfBits(s[2]) * unit), 0.0f};
+  }
+  static __device__ __forceinline__ half2 Numbers(const uint32_t* s, const Place& at) {
+    return TwoIntegersLess<6>(Both(s, at), 32.0f);
+  }
+  static __device__ __forceinline__ half2 Factor(const uint32_t* s, float unit) {
+    return BothFactors(HalfBits(s[2]) * unit);
+  }
+
+ private:
+  // Six bits of each, and others above.
+  static __device__ __forceinline__ uint32_t Both(const uint32_t* s, const Place& at) {
+    return __funnelshift_r(s[0], s[1], 24 * at.unit) >> 12 * at.chunk;
   }
 };
 
@@ -317,8 +370,18 @@ struct TiledUnit<Q2_K> : IntegerScaled {
     const uint32_t bits = s[0] >> 8 * group;
     return {Times(bits & 15, d.x * unit), -Times(bits & 0xf0, d.y * (offset_unit * 0x1p-4f))};
   }
-  static __device__ __forceinline__ half2 Integers(const uint32_t* s, const Place&, int group) {
-    return TwoIntegers<4>(s[0] >> 8 * group);
+  static __device__ __forceinline__ half2 Scales(const uint32_t* s) {
+    constexpr uint32_t kOnes = 0x64006400u;
+    return __hsub2(Halves(Select(0x000f000fu, Bytes(s), kOnes)), Halves(kOnes));
+  }
+  static __device__ __forceinline__ half2 Minima(const uint32_t* s) {
+    constexpr uint32_t kOnes = 0x3c003c00u;
+    return __hsub2(Halves(Select(0x000f000fu, Bytes(s) >> 4, kOnes)), Halves(kOnes));
+  }
+
+ private:
+  static __device__ __forceinline__ uint32_t Bytes(const uint32_t* s) {
+    return BytePerm(s[0], 0, 0x4140);
   }
 };
 
@@ -399,7 +462,7 @@ struct TiledUnit<IQ1_S> : FourBitScaled<8> {
 };
 
 template <>
-struct TiledUnit<IQ1_M> {
+struct TiledUnit<IQ1_M> : TwoScaled {
   static constexpr int kChunks = 2, kScaleWords = 3;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -415,6 +478,13 @@ struct TiledUnit<IQ1_M> {
                                                  float unit = 1.0f, float = 1.0f) {
     const uint32_t scale = TenBits(s, at) >> 3 * group & 7;
     return {Times(2 * scale + 1, HalfBits(s[2] >> 16) * (unit * 0.125f)), 0.0f};
+  }
+  // Each x + 1/2.
+  static __device__ __forceinline__ half2 Numbers(const uint32_t* s, const Place& at) {
+    return TwoIntegersLess<3>(TenBits(s, at), -0.5f);
+  }
+  static __device__ __forceinline__ half2 Factor(const uint32_t* s, float unit) {
+    return BothFactors(HalfBits(s[2] >> 16) * (unit * 0.25f));
   }
   static __device__ __forceinline__ bool IsNegative(const uint32_t* s, const Place& at, int shift) {
     return TenBits(s, at) >> (6 + shift) & 1;
@@ -435,7 +505,7 @@ struct TiledUnit<IQ2_XXS> : FourBitScaled<12> {
 };
 
 // A byte with two scales a unit, and d.
-struct TwoScaleIq2 {
+struct TwoScaleIq2 : TwoScaled {
   static constexpr int kChunks = 2, kScaleWords = 2;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -449,6 +519,13 @@ struct TwoScaleIq2 {
     // A quarter of x + 1/2.
     const uint32_t odd = s[0] << 1 >> 4 * group & 30 | 1;
     return {Times(odd, HalfBits(s[1]) * (unit * 0.125f)), 0.0f};
+  }
+  // Each x + 1/2.
+  static __device__ __forceinline__ half2 Numbers(const uint32_t* s, const Place&) {
+    return TwoIntegersLess<4>(s[0], -0.5f);
+  }
+  static __device__ __forceinline__ half2 Factor(const uint32_t* s, float unit) {
+    return BothFactors(HalfBits(s[1]) * (unit * 0.25f));
   }
 };
 template <>
@@ -477,9 +554,6 @@ struct TiledUnit<IQ3_S> : FourBitScaled<16> {
   static __device__ __forceinline__ Affine Scale(const uint32_t* s, const Place& at, int,
                                                  float unit = 1.0f, float = 1.0f) {
     return {Times(Odd(s, at) & 31, HalfBits(s[1]) * unit), 0.0f};
-  }
-  static __device__ __forceinline__ bool IsNegative(const uint32_t*, const Place&, int) {
-    return false;
   }
 };
 #undef JM_LOAD

@@ -79,52 +79,57 @@ class LaneUnit {
 
   __device__ __forceinline__ void MakeScales(const uint32_t (&s)[Tiled::kScaleWords],
                                              const Place& at, float normaliser) {
-    [[maybe_unused]] half2 factors;
-    if constexpr (kIntegerScaled) factors = Tiled::Factors(s[Tiled::kFactorsWord], normaliser);
-#pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-      half2 scale;
-      if constexpr (kIntegerScaled) {
-        // In float16 itself: fewer instructions, and no less exact. What rounding takes from the
-        // scale goes into the offset, for the middle of the fields.
-        static_assert(Fields::kExponent == -24);  // kFieldUnit is 1
-        const half2 middle = BothHalves(kMiddle * 0x1p-24f);
-        const half2 integers = Tiled::Integers(s, at, group);
-        const half2 product = __hmul2_rn(integers, factors);  // not fused into what follows
-        const half2 error = __hfma2(integers, factors, __hneg2(product));
-        const half2 rest = __hfma2(__low2half2(error), middle, __hneg2(__high2half2(error)));
-        scale = __low2half2(product);
-        if constexpr (kIsCentred<Format>) {
-          offset_[group] = __hadd2(__hfma2(scale, middle, __hneg2(__high2half2(product))), rest);
-        } else {
-          offset_[group] = __hsub2(rest, __high2half2(product));
-        }
-      } else if constexpr (std::is_base_of_v<PowerScaled, Tiled>) {
-        scale = BothHalves(Tiled::Power(s, normaliser, Fields::kExponent));
+    half2 scale;
+    if constexpr (kIntegerScaled) {
+      // In float16 itself: fewer instructions, and no less exact. What rounding takes from the
+      // scale goes into the offset, for the middle of the fields.
+      static_assert(Fields::kExponent == -24);  // kFieldUnit is 1
+      const half2 middle = BothHalves(kMiddle * 0x1p-24f);
+      const half2 factors = Tiled::Factors(s[Tiled::kFactorsWord], normaliser);
+      half2 minimum, rest;
+      if constexpr (kGroups == 2) {
+        const half2 integers = Tiled::Scales(s), minima = Tiled::Minima(s);
+        const half2 first = __low2half2(factors), second = __high2half2(factors);
+        scale = __hmul2_rn(integers, first);  // not fused into what follows
+        minimum = __hmul2_rn(minima, second);
+        const half2 error = __hfma2(integers, first, __hneg2(scale));
+        rest = __hfma2(error, middle, __hneg2(__hfma2(minima, second, __hneg2(minimum))));
       } else {
-        const Affine affine =
-            Tiled::Scale(s, at, group, normaliser * kFieldUnit, normaliser * 0x1p-24f);
-        scale = BothHalves(affine.scale);
-        if constexpr (Format::kHasOffset) offset_[group] = BothHalves(affine.offset);
+        const half2 integers = Tiled::Integers(s, at);
+        const half2 product = __hmul2_rn(integers, factors);
+        const half2 error = __hfma2(integers, factors, __hneg2(product));
+        scale = __low2half2(product);
+        minimum = __high2half2(product);
+        rest = __hfma2(__low2half2(error), middle, __hneg2(__high2half2(error)));
       }
-      if constexpr (Fields::kShifts > 0) {
-        const float shift = __low2float(scale) * (0x1p-24f / kFieldUnit);
-        constexpr int kLeft = kTakesBias ? 0 : kBias;
-        const half2 plus = BothHalves(shift * (1 - kLeft));
-        const half2 minus = BothHalves(shift * (-1 - kLeft));
+      if constexpr (kIsCentred<Format>) {
+        offset_[0] = __hadd2(__hfma2(scale, middle, __hneg2(minimum)), rest);
+      } else {
+        offset_[0] = __hsub2(rest, minimum);
+      }
+    } else if constexpr (kGroups == 2) {
+      scale = __hmul2(Tiled::Numbers(s, at), Tiled::Factor(s, normaliser * kFieldUnit));
+    } else if constexpr (std::is_base_of_v<PowerScaled, Tiled>) {
+      scale = BothHalves(Tiled::Power(s, normaliser, Fields::kExponent));
+    } else {
+      const Affine affine = Tiled::Scale(s, at, 0, normaliser * kFieldUnit, normaliser * 0x1p-24f);
+      scale = BothHalves(affine.scale);
+      if constexpr (Format::kHasOffset) offset_[0] = BothHalves(affine.offset);
+    }
+    if constexpr (Fields::kShifts > 0) {
+      constexpr float kShift = 0x1p-24f / kFieldUnit;
+      const half2 plus = __hmul2(scale, BothHalves(kShift * (1 - kBias)));
+      const half2 minus = __hmul2(scale, BothHalves(kShift * (-1 - kBias)));
 #pragma unroll
-        for (int i = group * kOffsets / kGroups; i < (group + 1) * kOffsets / kGroups; ++i) {
-          offset_[i] = Tiled::IsNegative(s, at, i) ? minus : plus;
-        }
-      } else if constexpr (kBias != 0 && !Format::kHasOffset) {
-        // A multiple of the rounded scale, so that a field of kBias is exactly zero.
-        offset_[group] = __hmul2(scale, BothHalves(-kBias * 0x1p-24f));
-      }
+      for (int i = 0; i < kOffsets; ++i) offset_[i] = Tiled::IsNegative(s, at, i) ? minus : plus;
+    } else if constexpr (kBias != 0 && !Format::kHasOffset) {
+      // A multiple of the rounded scale, so that a field of kBias is exactly zero.
+      offset_[0] = __hmul2(scale, BothHalves(-kBias * 0x1p-24f));
+    }
 #pragma unroll
-      for (int p = 0; p < Fields::kPositions; ++p) {
-        scale_[group][p] = scale;
-        scale = __hmul2(scale, BothHalves(1.0f / (1 << Fields::kShift)));
-      }
+    for (int p = 0; p < Fields::kPositions; ++p) {
+      scale_[p] = scale;
+      scale = __hmul2(scale, BothHalves(1.0f / (1 << Fields::kShift)));
     }
   }
 
@@ -132,36 +137,43 @@ class LaneUnit {
   static_assert(kIntegerScaled == (kHasCentred<Format> || kIsCentred<Format>));
   static constexpr int kMiddle = kIntegerScaled ? 1 << (Tiling<Format>::kCodeBits - 1) : 0;
   static constexpr int kBias = kIsCentred<Format> ? kMiddle : Fields::kBias;
-  // Whether fields lose their bias. Those with shifts do if it is larger than these: rounding the sum
-  // of both would take too much.
-  static constexpr bool kTakesBias = kIsCentred<Format> || (Fields::kShifts > 0 && kBias > 8);
+  // What rounding takes from the sum of bias and shift is within bounds for a small bias only.
+  static_assert(Fields::kShifts == 0 || kBias <= 8);
   static constexpr bool kAddsOffset = Format::kHasOffset || kBias != 0;
-  static constexpr int kOffsets = Fields::kShifts > 0 ? Fields::kShifts : kGroups;
+  static constexpr int kOffsets = Fields::kShifts > 0 ? Fields::kShifts : 1;
   // What the normaliser's 2^24 has too much for fields that are not multiples of 2^-24.
   static constexpr float kFieldUnit = 1.0f / (1 << (24 + Fields::kExponent));
 
+  // Of a scale or an offset, what pair i takes; the compiler makes operands of it.
+  template <int i>
+  static __device__ __forceinline__ half2 Of(half2 value) {
+    if constexpr (kGroups == 1) return value;
+    return i < 8 ? __low2half2(value) : __high2half2(value);
+  }
+
   template <int i>
   __device__ __forceinline__ uint32_t DecodePair() const {
-    constexpr int group = kGroups == 1 ? 0 : i / 8;
     constexpr int position = Fields::template kPosition<i>;
+    const half2 scale = Of<i>(scale_[position]);
     if constexpr (std::is_base_of_v<Fields1, Fields>) {
-      return Fields::template Signed<i>(q_, Bits(scale_[group][0]));
+      return Fields::template Signed<i>(q_, Bits(scale));
     }
     half2 field = Halves(Fields::template Pair<i>(q_));
-    if constexpr (kTakesBias) {
+    if constexpr (kIsCentred<Format>) {
       // Both are integers times 2^-24: exact.
       constexpr int kAt = position * Fields::kShift + 24 + Fields::kExponent;
       field = __hsub2(field, Halves((kBias << kAt) * 0x00010001u));
     }
     if constexpr (kAddsOffset) {
-      return Bits(__hfma2(field, scale_[group][position], offset_[i * kOffsets / 16]));
+      return Bits(__hfma2(field, scale, Of<i>(offset_[i * kOffsets / 16])));
     } else {
-      return Bits(__hmul2(field, scale_[group][position]));
+      return Bits(__hmul2(field, scale));
     }
   }
 
   uint32_t q_[Fields::kWords];
-  half2 scale_[kGroups][Fields::kPositions];
+  // Of two groups, each of the first one in the low half and of the second one in the high half.
+  half2 scale_[Fields::kPositions];
   half2 offset_[kOffsets];  // where kAddsOffset
 };
 

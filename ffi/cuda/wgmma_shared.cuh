@@ -12,11 +12,32 @@ namespace jax_moe::cuda {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// Copies the map's box at (column, row, matrix) to shared memory and tells the barrier, at the same
-// addresses in all of the cluster's blocks whose bits are set. What is past the end of the tensor is
-// zeros.
+// Copies the map's box at (column, row, matrix) to shared memory and tells the barrier. What is
+// past the end of the tensor is zeros.
 __device__ __forceinline__ void TensorCopy(void* shared, const CUtensorMap* map, int column,
-                                           int row, int matrix, uint64_t* barrier, int blocks) {
+                                           int row, int matrix, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(SharedAddress(shared)),
+      "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(SharedAddress(barrier))
+      : "memory");
+}
+
+// The same with OncePolicy.
+__device__ __forceinline__ void TensorCopyOnce(void* shared, const CUtensorMap* map, int column,
+                                               int row, int matrix, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      ".L2::cache_hint [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(SharedAddress(shared)),
+      "l"(map), "r"(column), "r"(row), "r"(matrix), "r"(SharedAddress(barrier)), "l"(OncePolicy())
+      : "memory");
+}
+
+// The same to, and with barriers at, the same addresses in all of the cluster's blocks whose bits
+// are set.
+__device__ __forceinline__ void TensorCopyToBlocks(void* shared, const CUtensorMap* map,
+                                                   int column, int row, int matrix,
+                                                   uint64_t* barrier, int blocks) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(SharedAddress(shared)),
