@@ -15,11 +15,11 @@
 
 namespace jax_moe::cuda {
 
-template <typename Format>
+template <typename Format, typename FieldsType = FieldsOf<Format>>
 class LaneUnit {
  public:
   using Tiled = TiledUnit<Format>;
-  using Fields = FieldsOf<Format>;
+  using Fields = FieldsType;
   using Place = typename Tiled::Place;
   static constexpr int kGroups = 32 / Format::kGroup;
 
