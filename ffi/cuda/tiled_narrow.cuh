@@ -255,7 +255,7 @@ class NarrowWarp {
       BandSums sums;
       sums.Begin(ring_.Front().aux);
       int column = begin, after = m == parts_ - 1 ? -1 : begin;
-      asm volatile("" : "+r"(after));
+      asm volatile("" : "+r"(after));  // else it is found anew in every step
       bool last;
 #pragma unroll 1
       do {
