@@ -124,6 +124,8 @@ struct Fields8 : IntegerFields {
 
 // E2M1 numbers: a half with the sign at bit 15 and exponent and mantissa at bits 11 .. 9 is the
 // value times 2^-14, zero and the subnormal one included. Decoders' integers are twice the values.
+// kMultiplies: shifts to the left are products.
+template <bool kMultiplies>
 struct FieldsE2M1 {
   static constexpr int kWords = 4, kPositions = 1, kShift = 0;
   static constexpr int kExponent = -15, kBias = 0, kShifts = 0;
@@ -133,9 +135,15 @@ struct FieldsE2M1 {
   static JM_HD uint32_t Pair(const uint32_t* q) {
     uint32_t w = q[i / 4];
     // The second code of every byte in place of the first.
-    if constexpr (i % 4 >= 2) w = Select(0x80808080u, MultipliedLeft<7>(w), w >> 3);
-    if constexpr (i % 2 == 1) w = MultipliedLeft<8>(w);
+    if constexpr (i % 4 >= 2) w = Select(0x80808080u, Left<7>(w), w >> 3);
+    if constexpr (i % 2 == 1) w = Left<8>(w);
     return w & 0x8e008e00u;
+  }
+
+ private:
+  template <int kBits>
+  static JM_HD uint32_t Left(uint32_t w) {
+    return kMultiplies ? MultipliedLeft<kBits>(w) : w << kBits;
   }
 };
 
@@ -321,8 +329,16 @@ struct FieldsOf<IQ4_XS> : FieldsIq4 {
   static constexpr int kBias = 128;
 };
 template <>
-struct FieldsOf<MXFP4> : FieldsE2M1 {};
+struct FieldsOf<MXFP4> : FieldsE2M1<true> {};
 template <>
-struct FieldsOf<NVFP4> : FieldsE2M1 {};
+struct FieldsOf<NVFP4> : FieldsE2M1<true> {};
+
+// The same for kernels in which shifts are not what takes longest.
+template <typename Format>
+struct ShiftedFieldsOf : FieldsOf<Format> {};
+template <>
+struct ShiftedFieldsOf<MXFP4> : FieldsE2M1<false> {};
+template <>
+struct ShiftedFieldsOf<NVFP4> : FieldsE2M1<false> {};
 
 }  // namespace jax_moe

@@ -66,10 +66,12 @@ struct RowFinish {
     }
   }
 
+  __device__ __forceinline__ float Gate(float sum) const { return fmaf(sum, factor[0], bias[0]); }
+  __device__ __forceinline__ float Up(float sum) const { return fmaf(sum, factor[1], bias[1]); }
+
   template <Activation kActivation, typename Args>
   __device__ __forceinline__ float Activate(const Args& args, float gate, float up) const {
-    return FastActivate<kActivation>(fmaf(gate, factor[0], bias[0]), fmaf(up, factor[1], bias[1]),
-                                     args.limit, args.beta, args.linear_beta);
+    return FastActivate<kActivation>(Gate(gate), Up(up), args.limit, args.beta, args.linear_beta);
   }
 };
 

@@ -10,8 +10,6 @@
 // order.
 #pragma once
 
-#include <climits>
-
 #include "ffi/cuda/divisor.cuh"
 #include "ffi/cuda/few_tiles.cuh"
 #include "ffi/cuda/hopper.cuh"
@@ -213,30 +211,29 @@ class NarrowWarp {
     const TiledMatrix& matrix = args_.matrix[two_bands_ ? 0 : first_matrix_ + fetch_part_];
     const NarrowShare& share = m_.shares[warp_][fetch_share_];
     const int row = FirstRow(share) + (two_bands_ ? Shape::kRows * fetch_part_ : 0);
-    fetch_from_ = matrix.data + share.expert * matrix.expert_bytes + row * args_.row_bytes +
-                  share.split * Shape::kStageBytes;
-    fetch_step_ = share.split;
-    fetch_splits_ = 1 << share.log_splits;
+    const int begin = share.split * Shape::kStageBytes;
+    fetch_from_ = matrix.data + share.expert * matrix.expert_bytes + row * args_.row_bytes + begin;
+    fetch_left_ = static_cast<int>(args_.row_bytes) * Shape::kRows - begin;
+    fetch_stride_ = Shape::kStageBytes << share.log_splits;
     ring_.Fetch(fetch_from_, StepBytes(),
                 matrix.aux + (share.expert * matrix.expert_rows + row) * 2);
     return true;
   }
 
   __device__ __forceinline__ bool FetchStep() {
-    if (fetch_step_ >= steps_) {
-      if (!NextBand()) return false;
-    } else {
+    if (fetch_left_ > 0) {
       ring_.Fetch(fetch_from_, StepBytes());
+    } else if (!NextBand()) {
+      return false;
     }
-    fetch_from_ += Shape::kStageBytes * fetch_splits_;
-    fetch_step_ += fetch_splits_;
+    fetch_from_ += fetch_stride_;
+    fetch_left_ -= fetch_stride_;
     return true;
   }
   __device__ __forceinline__ int StepBytes() const {
     // Rows of whole atoms of 256 columns have no partial step.
-    if (TiledUnit<Format>::kChunks == 2) return Shape::kStageBytes;
-    const unsigned columns = min(args_.columns - fetch_step_ * Shape::kStep, Shape::kStep);
-    return columns / Format::kBlock * tiled::Sizes<Format>::kBytes * Shape::kRows;
+    return TiledUnit<Format>::kChunks == 2 ? Shape::kStageBytes
+                                           : min(fetch_left_, Shape::kStageBytes);
   }
 
   __device__ __forceinline__ void FetchAhead() {
@@ -257,13 +254,14 @@ class NarrowWarp {
     for (int m = 0; m < parts_; ++m) {
       BandSums sums;
       sums.Begin(ring_.Front().aux);
-      int column = begin;
+      int column = begin, after = m == parts_ - 1 ? -1 : begin;
+      asm volatile("" : "+r"(after));  // else it is found anew in every step
       bool last;
 #pragma unroll 1
       do {
         int next_column = column + stride;
         last = next_column >= args_.columns;
-        if (last) next_column = m == parts_ - 1 ? -1 : begin;
+        if (last) next_column = after;
         MultiplyStep<Format>(ring_, x_, false, column, next_column, args_.columns, sums);
         FetchStep();
         column = next_column;
@@ -318,14 +316,16 @@ class NarrowWarp {
     }
     half* y = static_cast<half*>(args_.y) + n / 128 * 128 + NarrowPlace(n % 128);
     ForEachToken(share, [&](int pair, float first, float second, float pair_h_factor) {
-      // Not before the loop, where some warps have no turn: what might still be under way, the
-      // compiler waits for at the start of every step, and for x with it.
+      // Not before the loop, where some warps have no turn, nor in the activations, some of which
+      // do without gate: what might still be under way, the compiler waits for at the start of
+      // every step, and for x with it.
       const RowFinish finish(args_, share.expert, n);
+      const float gate = finish.Gate(first), up = finish.Up(parts_ == 2 ? second : first);
       float h;
       // In the loop: code that is short stays in the instruction cache, and turns are few.
       WithActivation(args_.activation, [&](auto activation) {
-        h = finish.Activate<decltype(activation)::value>(args_, first,
-                                                         parts_ == 2 ? second : first);
+        h = FastActivate<decltype(activation)::value>(gate, up, args_.limit, args_.beta,
+                                                      args_.linear_beta);
       });
       y[pair * args_.y_pitch] = __float2half_rn(h * pair_h_factor);
     });
@@ -371,10 +371,10 @@ class NarrowWarp {
   int current_ = 1;                 // which of shares is at hand
   BoundOfH known_ = {};
   float factor_ = 0, h_factor_ = 0;  // of token lane / 4
-  // The step that is fetched next: the first band is yet to be begun. has_next_: there is another
-  // share than the one that is fetched.
+  // The step that is fetched next, and the bytes from there to the band's end: the first band is
+  // yet to be begun. has_next_: there is another share than the one that is fetched.
   const uint8_t* fetch_from_ = nullptr;
-  int fetch_step_ = INT_MAX, fetch_splits_ = 1, fetch_part_ = 1, fetch_share_ = 1;
+  int fetch_left_ = 0, fetch_stride_ = 0, fetch_part_ = 1, fetch_share_ = 1;
   bool has_next_ = false;
 };
 

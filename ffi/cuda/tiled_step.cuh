@@ -9,17 +9,20 @@
 
 namespace jax_moe::cuda {
 
-// Adds the products of one chunk of 128 columns.
+template <typename Format>
+using StepUnit = LaneUnit<Format, ShiftedFieldsOf<Format>>;
+
+// Adds the products of one chunk of 128 columns. unit: of rows lane / 4 and lane / 4 + 8.
 template <typename Format, int kStep = 0>
-__device__ __forceinline__ void MultiplySteps(float (&sum)[4], const LaneUnit<Format>& low,
-                                              const LaneUnit<Format>& high, const uint4 (&x)[4]) {
+__device__ __forceinline__ void MultiplySteps(float (&sum)[4], const StepUnit<Format> (&unit)[2],
+                                              const uint4 (&x)[4]) {
   if constexpr (kStep < 8) {
     uint32_t a[4];
-    low.template Decode<kStep>(a[0], a[2]);
-    high.template Decode<kStep>(a[1], a[3]);
+    unit[0].template Decode<kStep>(a[0], a[2]);
+    unit[1].template Decode<kStep>(a[1], a[3]);
     const uint4& b = x[kStep / 2];
     MultiplyF16(sum, a, kStep % 2 == 0 ? b.x : b.z, kStep % 2 == 0 ? b.y : b.w);
-    MultiplySteps<Format, kStep + 1>(sum, low, high, x);
+    MultiplySteps<Format, kStep + 1>(sum, unit, x);
   }
 }
 
@@ -97,12 +100,12 @@ template <typename Format, bool kWhole>
 __device__ __forceinline__ void MultiplyStage(const uint8_t* stage, StepOfX& x, int column,
                                               int next_column, int columns, BandSums& sums) {
   using Tiled = TiledUnit<Format>;
-  using Words = typename LaneUnit<Format>::ScaleWords;
+  using Words = typename StepUnit<Format>::ScaleWords;
   const int lane = threadIdx.x % 32;
   // The words of both chunks of an atom at once: what they share is then loaded and made once, and
   // the second chunk's scales need not be waited for.
   constexpr bool kOneAtom = Tiled::kChunks == 2;
-  Words words[2][2];
+  [[maybe_unused]] Words words[2][2];
   if constexpr (kOneAtom) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -113,20 +116,24 @@ __device__ __forceinline__ void MultiplyStage(const uint8_t* stage, StepOfX& x, 
   for (int c = 0; c < 2; ++c) {
     const int units = kWhole ? 4 : min(4, (columns - column) / 32 - 4 * c);
     if (kWhole || units > 0) {
-      const uint8_t* atom =
-          Tiled::kChunks == 2 ? stage : stage + TiledRow<Format>::BandBytes(128 * c);
-      typename Tiled::Place place = {units, Tiled::kChunks == 2 ? c : 0, lane / 4, lane % 4};
-      LaneUnit<Format> low, high;
-      if constexpr (!kOneAtom) words[c][0] = Words(atom, place);
-      low.Load(atom, place, words[c][0], sums.factor[0]);
-      place.row += 8;
-      if constexpr (!kOneAtom) words[c][1] = Words(atom, place);
-      high.Load(atom, place, words[c][1], sums.factor[1]);
-      MultiplySteps<Format>(sums.sum, low, high, x.v[c]);
+      const uint8_t* atom = kOneAtom ? stage : stage + TiledRow<Format>::BandBytes(128 * c);
+      typename Tiled::Place place = {units, kOneAtom ? c : 0, lane / 4, lane % 4};
+      StepUnit<Format> unit[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if constexpr (kOneAtom) {
+          unit[i].Load(atom, place, words[c][i], sums.factor[i]);
+        } else {
+          unit[i].Load(atom, place, sums.factor[i]);
+        }
+        place.row += 8;
+      }
+      MultiplySteps<Format>(sums.sum, unit, x.v[c]);
     }
-    x.Load<Tiled::kChunks == 2>(c, next_column);
-    // Else the compiler moves these loads to those of the other chunk, at the end of the step.
-    if (c == 0) __syncwarp();
+    x.Load<kOneAtom>(c, next_column);
+    // Else the compiler moves these loads to those of the other chunk, at the end of the step, or
+    // branches around the last one.
+    __syncwarp();
   }
 }
 
@@ -144,7 +151,6 @@ __device__ __forceinline__ void MultiplyStep(Ring& ring, StepOfX& x, bool first,
   } else {
     MultiplyStage<Format, false>(stage.weights, x, column, next_column, columns, sums);
   }
-  __syncwarp();
 }
 
 }  // namespace jax_moe::cuda

@@ -15,27 +15,22 @@
 
 namespace jax_moe::cuda {
 
-template <typename Format>
+template <typename Format, typename FieldsType = FieldsOf<Format>>
 class LaneUnit {
  public:
   using Tiled = TiledUnit<Format>;
-  using Fields = FieldsOf<Format>;
+  using Fields = FieldsType;
   using Place = typename Tiled::Place;
   static constexpr int kGroups = 32 / Format::kGroup;
 
-  // What scales are made of, which can be loaded before the fields.
+  // What scales are made of, which can be loaded before the fields where all units are there.
   struct ScaleWords {
     uint32_t s[Tiled::kScaleWords];
 
     ScaleWords() = default;
     __device__ __forceinline__ ScaleWords(const uint8_t* atom, const Place& at) {
-      if (IsThere(at)) {
-        [[maybe_unused]] uint32_t q[Fields::kWords];
-        Tiled::Load(atom, at, q, s);
-      } else {
-#pragma unroll
-        for (uint32_t& word : s) word = 0;
-      }
+      [[maybe_unused]] uint32_t q[Fields::kWords];
+      Tiled::Load(atom, at, q, s);
     }
   };
 
