@@ -32,9 +32,10 @@ ffi::Error CudaError(const std::string& op, cudaError_t status) {
 bool IsAligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 
 void RequireLimits(Checker& check, const char* name, const Weight& weight) {
-  constexpr int64_t kMost = int64_t{1} << 30;
-  check.Require(weight.rows <= kMost && weight.columns <= kMost,
-                std::string(name) + " has more than 2^30 rows or columns");
+  // Bytes of 16 rows in the tiled layout fit 31 bits.
+  constexpr int64_t kMostRows = int64_t{1} << 30, kMostColumns = int64_t{1} << 26;
+  check.Require(weight.rows <= kMostRows && weight.columns <= kMostColumns,
+                std::string(name) + " has more than 2^30 rows or 2^26 columns");
   check.Require(IsAligned(weight.data), std::string(name) + " is not aligned to 16 bytes");
 }
 
