@@ -58,8 +58,8 @@ def moe_gemm(
 
         y[p, :] = w[p] * sum_c x[row(p), c] * weight[e, :, c]
 
-    A GPU takes up to 8192 experts, 2^30 pairs, 2^30 rows and 2^26 columns. `jax.vmap` multiplies the
-    pairs by the batch, and the experts as well where `weight` is batched.
+    A GPU takes up to 8192 experts, 2^30 pairs, 2^30 rows and 2^26 columns. `jax.vmap` multiplies
+    the pairs by the batch, and the experts as well where `weight` is batched.
 
     Args:
       x: float32, float16 or bfloat16, `[T, K]` (row(p) = p // top_k) or `[P, K]` (row(p) = p).
