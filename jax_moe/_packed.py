@@ -29,8 +29,9 @@ class EqualByLeaves:
     def __eq__(self, other: object) -> bool:
         if type(other) is not type(self):
             return NotImplemented
-        (leaves, structure), (others, its_structure) = map(jax.tree.flatten, (self, other))
-        return structure == its_structure and all(map(_same_leaf, leaves, others))
+        if jax.tree.structure(self) != jax.tree.structure(other):  # type: ignore[operator]
+            return False
+        return all(map(_same_leaf, jax.tree.leaves(self), jax.tree.leaves(other)))
 
     def __hash__(self) -> int:
         leaves, structure = jax.tree.flatten(self)
@@ -38,7 +39,7 @@ class EqualByLeaves:
 
 
 def _same_leaf(a: Any, b: Any) -> bool:
-    return a is b or not isinstance(a, Array | np.ndarray) and bool(a == b)
+    return a is b or (not isinstance(a, Array | np.ndarray) and bool(a == b))
 
 
 @jax.tree_util.register_dataclass

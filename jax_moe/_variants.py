@@ -1,6 +1,7 @@
 """The named kernel variants, the dtypes each takes, and what accuracy each promises."""
 
 import enum
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ def as_variant(variant: MoEVariant | None) -> MoEVariant | None:
 
 
 def check_variant(
-    variant: MoEVariant | None, x_dtype: np.dtype, weights: dict[str, object]
+    variant: MoEVariant | None, x_dtype: np.dtype, weights: Mapping[str, object]
 ) -> None:
     """Raises where `variant` does not take activations of `x_dtype` or one of the weights."""
     if variant is None:
@@ -46,7 +47,7 @@ def check_variant(
 
 
 def variant_for(
-    variant: MoEVariant | None, x_dtype: np.dtype, weights: list[object]
+    variant: MoEVariant | None, x_dtype: np.dtype, weights: Sequence[object]
 ) -> MoEVariant | None:
     """`variant` where it takes all the weights, else None."""
     if variant is None or any(_refusal(variant, x_dtype, "", weight) for weight in weights):
