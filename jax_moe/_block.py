@@ -151,7 +151,7 @@ def _route(params: MoEParams, logits: Array, token_ids: Array | None, run: _Run)
     assert token_ids is not None
     if token_ids.dtype.itemsize < 4:  # which the size of the vocabulary may not fit into
         token_ids = token_ids.astype(jnp.int32)
-    experts = table.at[token_ids].get(mode="clip")
+    experts = jnp.asarray(table).at[token_ids].get(mode="clip")
     scores = gates(logits, config.gating)
     weights = weigh(scores, experts, config.gating, config.normalize, config.scale)
     known = (token_ids >= 0) & (token_ids < table.shape[0])

@@ -371,7 +371,8 @@ def test_float64_of_a_block():
     """Only the reference takes it; otherwise the field is named."""
     with jax.enable_x64(True):
         for name, shape in (("router", (E, K)), ("router_bias", (E,)), ("selection_bias", (E,))):
-            arguments = block_arguments(**{name: jnp.ones(shape, jnp.float64)})
+            fields = {"router": jnp.ones((E, K), jnp.float32), name: jnp.ones(shape, jnp.float64)}
+            arguments = block_arguments(x=jnp.ones((T, K), jnp.float32), **fields)
             with pytest.raises(TypeError, match=rf"params\.{name} has dtype .* not float64"):
                 jax_moe.moe_block(**arguments)
             jax_moe.moe_block(**arguments, implementation="reference")

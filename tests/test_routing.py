@@ -512,6 +512,7 @@ def test_numbers_of_python(implementation, x64):
         assert routing.expert_ids.tolist() == [[1, 2]]
 
 
+@IMPLEMENTATIONS
 def test_bad_sort_arguments(implementation):
     ids = np.zeros((2, 2), np.int32)
     for error, message, arguments in [
