@@ -79,10 +79,8 @@ def _pair(argument: str, betas: Any) -> tuple[float, float]:
         beta, linear_beta = betas
     except (TypeError, ValueError):
         raise TypeError(f"{argument} is a pair (beta, linear_beta), not {betas!r}.") from None
-    beta, linear_beta = (
-        check.number(f"{argument}[0]", beta),
-        check.number(f"{argument}[1]", linear_beta),
-    )
+    beta = check.number(f"{argument}[0]", beta)
+    linear_beta = check.number(f"{argument}[1]", linear_beta)
     if not beta > 0:
         raise ValueError(f"{argument}[0], beta, is positive, not {beta}.")
     if not linear_beta >= 0:
