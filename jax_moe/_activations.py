@@ -3,11 +3,13 @@
 Source: notes on `build_moe_ffn` of llama.cpp and the operators it calls; formulas in `activate`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from jax_moe import _check as check
 
 
 class Activation(NamedTuple):
@@ -40,35 +42,50 @@ def check_activation(
     limit: float | None,
     betas: tuple[float, float] | None,
     has_gate: bool,
+    arguments: tuple[str, str, str] = ("activation", "activation_limit", "activation_betas"),
 ) -> tuple[float, float, float]:
-    """The numbers (limit, beta, linear_beta) of an activation, 0 where it has none."""
-    if name not in ACTIVATIONS:
-        allowed = ", ".join(map(repr, ACTIVATIONS))
-        raise ValueError(f"activation is one of {allowed}, not {name!r}.")
+    """The numbers (limit, beta, linear_beta) of an activation, 0 where it has none.
+
+    `arguments` are the names, in errors, of the first three.
+    """
+    its_name, its_limit, its_betas = arguments
+    check.choice(its_name, name, tuple(ACTIVATIONS))
     activation = ACTIVATIONS[name]
     if activation.gated != has_gate:
         given = "have a gate" if has_gate else "have no gate"
         raise ValueError(
-            f"activation {name!r} is {'gated' if activation.gated else 'without a gate'}, but the "
+            f"{its_name} {name!r} is {'gated' if activation.gated else 'without a gate'}, but the "
             f"experts {given}."
         )
     if activation.needs_limit and limit is None:
-        raise ValueError(f"activation {name!r} needs an activation_limit.")
+        raise ValueError(f"{its_name} {name!r} needs an {its_limit}.")
     if limit is not None and not activation.needs_limit and name != "swiglu_oai":
-        raise ValueError(f"activation {name!r} takes no activation_limit.")
-    if limit is not None and not limit > 0:
-        raise ValueError(f"activation_limit is positive, not {limit}.")
+        raise ValueError(f"{its_name} {name!r} takes no {its_limit}.")
+    if limit is not None and not check.number(its_limit, limit) > 0:
+        raise ValueError(f"{its_limit} is positive, not {limit}.")
     if (betas is None) != (name != "situ"):
         raise ValueError(
-            "activation_betas is the pair (beta, linear_beta) of activation 'situ' and None for "
+            f"{its_betas} is the pair (beta, linear_beta) of activation 'situ' and None for "
             f"the others, not {betas!r} for {name!r}."
         )
-    if betas is not None and not betas[0] > 0:
-        raise ValueError(f"activation_betas[0] is positive, not {betas[0]}.")
     if name == "swiglu_oai" and limit is None:
         limit = OAI_LIMIT
-    beta, linear_beta = (0.0, 0.0) if betas is None else betas
-    return float(limit or 0), float(beta), float(linear_beta)
+    return float(limit or 0), *((0.0, 0.0) if betas is None else _pair(its_betas, betas))
+
+
+def _pair(argument: str, betas: Any) -> tuple[float, float]:
+    """(beta, linear_beta) of "situ"."""
+    try:
+        beta, linear_beta = betas
+    except (TypeError, ValueError):
+        raise TypeError(f"{argument} is a pair (beta, linear_beta), not {betas!r}.") from None
+    beta = check.number(f"{argument}[0]", beta)
+    linear_beta = check.number(f"{argument}[1]", linear_beta)
+    if not beta > 0:
+        raise ValueError(f"{argument}[0], beta, is positive, not {beta}.")
+    if not linear_beta >= 0:
+        raise ValueError(f"{argument}[1], linear_beta, is positive or 0, not {linear_beta}.")
+    return beta, linear_beta
 
 
 def activate(

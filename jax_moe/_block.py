@@ -1,24 +1,21 @@
 """moe_block: a whole Mixture-of-Experts block of a model, from its input to the residual sum."""
 
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jax_moe import _check as check
-from jax_moe import _ffi
-from jax_moe._block_types import ROUTER_READS
+from jax_moe._block_problem import AxisName as AxisName
+from jax_moe._block_problem import axis_is_bound as axis_is_bound
+from jax_moe._block_problem import block_problem
 from jax_moe._block_types import MoEConfig as MoEConfig
 from jax_moe._block_types import MoEParams as MoEParams
 from jax_moe._ffn import Experts, Weight, moe_ffn
 from jax_moe._gemm import moe_gemm
-from jax_moe._packed import PackedExperts
+from jax_moe._reference import accumulator
 from jax_moe._routing import Routing, gates, route, weigh
-from jax_moe._variants import MoEVariant
-
-AxisName = str | tuple[str, ...]
+from jax_moe._variants import MoEVariant, variant_for
 
 
 def moe_block(
@@ -45,7 +42,8 @@ def moe_block(
       expert_axis: inside `jax.shard_map`, the mesh axis (or axes) over which `params.experts` is
         sharded, in the order of the experts. Everything else, x included, is whole on every device
         of that axis; so is the result. `MoEParams.partition_specs` gives the `in_specs`.
-      variant, implementation: as in `moe_ffn`.
+      variant, implementation: as in `moe_ffn`. The routed experts must be what the variant takes;
+        of shared and chunk experts and latent projections, those that are not run without it.
 
     Returns:
       x's shape and dtype: what goes to the residual sum. A norm or a factor that a model applies to
@@ -53,149 +51,92 @@ def moe_block(
 
     The router's product runs at the highest precision in float32, whatever x's dtype. With
     `expert_axis` every device routes alike, runs its own experts, and their results are summed in
-    float32; shared and chunk experts run once on every device.
+    float32; shared and chunk experts run once on every device. Under x64 the reference has float64
+    in place of float32.
 
     Raises: TypeError or ValueError when traced, naming the argument.
     """
-    if not isinstance(params, MoEParams):
-        raise TypeError(f"params is jax_moe.MoEParams, not {type(params).__name__}.")
-    if not isinstance(config, MoEConfig):
-        raise TypeError(f"config is jax_moe.MoEConfig, not {type(config).__name__}.")
-    if x.ndim < 1:
-        raise ValueError("x has at least one axis, [..., H].")
-    shape, d_model = x.shape, x.shape[-1]
-    num_tokens = math.prod(shape[:-1])
-    tokens = x.reshape(num_tokens, d_model)
-    router_rows = _router_rows(router_input, x, config).reshape(num_tokens, d_model)
-    options: dict[str, Any] = {"variant": variant, "implementation": implementation}
-    logits = _router_logits(params, router_rows, config)
-    local = check.weight("params.experts.down", params.experts.down)[0]
-    num_experts = local
-    if expert_axis is not None:
-        num_experts *= _axis_size(expert_axis, tokens, router_rows)
-    if logits.shape[1] != num_experts:
-        where = "" if expert_axis is None else f", {local} on each device of {expert_axis!r}"
-        raise ValueError(
-            f"params.router has shape [E, H] = {params.router.shape}, but params.experts has "
-            f"{num_experts} experts{where}."
-        )
-    routing = _route(params, logits, config, _flat_ids(token_ids, shape), implementation)
+    problem = block_problem(
+        params,
+        x,
+        config,
+        router_input=router_input,
+        token_ids=token_ids,
+        expert_axis=expert_axis,
+        variant=variant,
+        implementation=implementation,
+    )
+    rows = (problem.num_tokens, problem.d_model)
+    tokens = x.reshape(rows)
+    router_rows = tokens if router_input is None else router_input.reshape(rows)
+    run = _Run(config, variant, implementation)
+    logits = _router_logits(params, router_rows, run)
+    ids = None if token_ids is None else token_ids.reshape(-1)
+    routing = _route(params, logits, ids, run)
     if expert_axis is not None:  # the experts of other devices become ids that add nothing
-        first = jax.lax.axis_index(expert_axis) * local
+        first = jax.lax.axis_index(expert_axis) * problem.local_experts
         routing = Routing(routing.expert_ids - first, routing.weights)
 
     y = tokens
     if params.latent_down is not None:
-        y = _project("latent_down", tokens, params.latent_down, options)
-    y = moe_ffn(
-        y,
-        routing,
-        params.experts,
-        activation=config.activation,
-        activation_limit=config.activation_limit,
-        activation_betas=config.activation_betas,
-        weights_before=config.weights_before,
-        **options,
-    )
+        y = _project(y, params.latent_down, run)
+    y = _routed(params.experts, y, routing, run, config.weights_before)
     if expert_axis is not None:
-        y = jax.lax.psum(y.astype(jnp.float32), expert_axis).astype(y.dtype)
+        y = jax.lax.psum(y.astype(run.wide), expert_axis).astype(y.dtype)
     if params.chunk_experts is not None:
-        y = y + _second_pass(params.chunk_experts, y, logits, config, options)
+        y = y + _second_pass(params.chunk_experts, y, logits, run)
     if params.latent_norm is not None:
-        y = _rms_norm(y, params.latent_norm, config)
+        y = _rms_norm(y, params.latent_norm, run)
     if params.latent_up is not None:
-        y = _project("latent_up", y, params.latent_up, options)
+        y = _project(y, params.latent_up, run)
     if params.routed_post_norm is not None:
-        y = _rms_norm(y, params.routed_post_norm, config)
+        y = _rms_norm(y, params.routed_post_norm, run)
     if params.shared is not None:
         read = tokens
         if params.shared_pre_norm is not None:
-            read = _rms_norm(router_rows, params.shared_pre_norm, config).astype(x.dtype)
-        y = y + _shared(params, read, config, options)
+            read = _rms_norm(router_rows, params.shared_pre_norm, run).astype(x.dtype)
+        y = y + _shared(params, read, run)
         if config.sum_scale != 1.0:
             y = y * jnp.asarray(config.sum_scale, y.dtype)
-    return y.reshape(shape)
+    return y.reshape(x.shape)
 
 
-def axis_is_bound(axis: AxisName) -> bool:
-    """Whether an enclosing `jax.shard_map` has this axis."""
-    try:
-        jax.lax.axis_size(axis)
-    except NameError:
-        return False
-    return True
+class _Run(NamedTuple):
+    """How a block is computed."""
+
+    config: MoEConfig
+    variant: MoEVariant | None
+    implementation: str | None
+
+    @property
+    def wide(self) -> Any:
+        """The dtype of routing, norms and sums over devices."""
+        return accumulator() if self.implementation == "reference" else jnp.dtype(jnp.float32)
+
+    def options(self, x: Array, *weights: Weight) -> dict[str, Any]:
+        """Options of an op on x; its weights may be of other kinds than the routed experts'."""
+        variant = variant_for(self.variant, x.dtype, weights)
+        return {"variant": variant, "implementation": self.implementation}
 
 
-def _axis_size(axis: AxisName, x: Array, router_rows: Array) -> int:
-    """The devices of `expert_axis`, over which neither may be sharded."""
-    if not axis_is_bound(axis):
-        raise ValueError(
-            f"expert_axis is an axis of an enclosing jax.shard_map, and {axis!r} is none."
-        )
-    names = {axis} if isinstance(axis, str) else set(axis)
-    if sharded := names & (_ffi.varying_axes(x) | _ffi.varying_axes(router_rows)):
-        raise ValueError(
-            f"x, or router_input, differs between the devices of {', '.join(sorted(sharded))}, "
-            "which each run their experts for all tokens; all_gather the tokens before, and take "
-            "the device's own from the result."
-        )
-    return jax.lax.axis_size(axis)
-
-
-def _router_rows(router_input: Array | None, x: Array, config: MoEConfig) -> Array:
-    check.choice("config.router_reads", config.router_reads, tuple(ROUTER_READS))
-    if router_input is None:
-        if config.router_reads != "x":
-            raise ValueError(
-                "router_input is needed: this block's router reads "
-                f"{ROUTER_READS[config.router_reads]}."
-            )
-        return x
-    if router_input.shape != x.shape:
-        raise ValueError(f"router_input has x's shape {x.shape}, not {router_input.shape}.")
-    return router_input
-
-
-def _flat_ids(token_ids: Array | None, shape: tuple[int, ...]) -> Array | None:
-    if token_ids is None:
-        return None
-    if not jnp.issubdtype(token_ids.dtype, jnp.integer):
-        raise TypeError(f"token_ids holds integers, not {token_ids.dtype}.")
-    if token_ids.shape != shape[:-1]:
-        raise ValueError(
-            f"token_ids has the shape of x without its last axis, {shape[:-1]}, not "
-            f"{token_ids.shape}."
-        )
-    return token_ids.reshape(-1)
-
-
-def _router_logits(params: MoEParams, router_input: Array, config: MoEConfig) -> Array:
-    check.array("params.router", params.router, rank=2, dtypes=check.DENSE_DTYPES)
-    if params.router.shape[1] != router_input.shape[1]:
-        raise ValueError(
-            f"params.router has shape [E, H] = {params.router.shape}, but x has H = "
-            f"{router_input.shape[1]}."
-        )
-    rows = router_input.astype(jnp.float32)
+def _router_logits(params: MoEParams, router_input: Array, run: _Run) -> Array:
+    rows = router_input.astype(run.wide)
     if params.router_scale is not None:
-        rows = _rms_norm(rows, params.router_scale, config) * rows.shape[1] ** -0.5
+        rows = _rms_norm(rows, params.router_scale, run) * rows.shape[1] ** -0.5
     logits = jnp.einsum(
         "th,eh->te",
         rows,
-        params.router.astype(jnp.float32),
+        params.router.astype(run.wide),
         precision=jax.lax.Precision.HIGHEST,
     )
-    return logits if params.router_bias is None else logits + params.router_bias
+    if params.router_bias is not None:
+        logits = logits + params.router_bias.astype(run.wide)[None]
+    return logits
 
 
-def _route(
-    params: MoEParams,
-    logits: Array,
-    config: MoEConfig,
-    token_ids: Array | None,
-    implementation: str | None,
-) -> Routing:
-    if params.token_to_experts is None:
+def _route(params: MoEParams, logits: Array, token_ids: Array | None, run: _Run) -> Routing:
+    config, table = run.config, params.token_to_experts
+    if table is None:
         return route(
             logits,
             config.top_k,
@@ -205,79 +146,85 @@ def _route(
             scale=config.scale,
             num_groups=config.num_groups,
             num_groups_used=config.num_groups_used,
-            implementation=implementation,
+            implementation=run.implementation,
         )
-    if token_ids is None:
-        raise ValueError("token_ids is needed by a block with token_to_experts.")
-    table = params.token_to_experts
-    experts = table.at[token_ids].get(mode="clip")
+    assert token_ids is not None
+    if token_ids.dtype.itemsize < 4:  # which the size of the vocabulary may not fit into
+        token_ids = token_ids.astype(jnp.int32)
+    experts = jnp.asarray(table).at[token_ids].get(mode="clip")
     scores = gates(logits, config.gating)
     weights = weigh(scores, experts, config.gating, config.normalize, config.scale)
     known = (token_ids >= 0) & (token_ids < table.shape[0])
     return Routing(jnp.where(known[:, None], experts, -1), weights)
 
 
-def _second_pass(
-    chunks: Experts, y: Array, logits: Array, config: MoEConfig, options: dict[str, Any]
+def _routed(
+    experts: Experts, x: Array, routing: Routing, run: _Run, weights_before: bool = False
 ) -> Array:
+    """`moe_ffn` with the activation of the routed experts."""
+    return moe_ffn(
+        x,
+        routing,
+        experts,
+        activation=run.config.activation,
+        activation_limit=run.config.activation_limit,
+        activation_betas=run.config.activation_betas,
+        weights_before=weights_before,
+        **run.options(x, *experts.weights.values()),
+    )
+
+
+def _second_pass(chunks: Experts, y: Array, logits: Array, run: _Run) -> Array:
     """GroveMoE's chunk experts on the first pass's result.
 
     The chosen experts' ids are divided by `experts_per_group`, and the weights are those of the
     experts with the divided ids, as in llama.cpp; two slots may name the same chunk.
     """
-    num_chunks = chunks.down.shape[-3]
-    if num_chunks * config.experts_per_group != logits.shape[1]:
-        raise ValueError(
-            f"params.chunk_experts has {num_chunks} experts, not one for each "
-            f"{config.experts_per_group} (config.experts_per_group) of {logits.shape[1]} experts."
-        )
-    chosen = route(
-        logits, min(config.top_k, num_chunks), implementation=options["implementation"]
-    ).expert_ids
+    config, num_chunks = run.config, chunks.down.shape[-3]
+    top_k = min(config.top_k, num_chunks)
+    chosen = route(logits, top_k, implementation=run.implementation).expert_ids
     ids = chosen // config.experts_per_group
     weights = weigh(gates(logits, "softmax"), ids, "softmax", True, 1.0)
-    result = moe_ffn(y, Routing(ids, weights), chunks, activation=config.activation, **options)
+    result = _routed(chunks, y, Routing(ids, weights), run)
     return result * jnp.asarray(config.chunk_scale, result.dtype)
 
 
-def _shared(params: MoEParams, x: Array, config: MoEConfig, options: dict[str, Any]) -> Array:
+def _shared(params: MoEParams, x: Array, run: _Run) -> Array:
     """The shared experts' result for what they read, x, as it goes into the sum."""
-    assert params.shared is not None
-    weights = jnp.ones((x.shape[0], 1), jnp.float32)
+    config, experts = run.config, params.shared
+    assert experts is not None
+    weights = jnp.ones((x.shape[0], 1), run.wide)
     if params.shared_gate is not None:
         product = jnp.einsum(
             "th,h->t",
-            x.astype(jnp.float32),
-            params.shared_gate.astype(jnp.float32),
+            x.astype(run.wide),
+            params.shared_gate.astype(run.wide),
             precision=jax.lax.Precision.HIGHEST,
         )
         weights = jax.nn.sigmoid(product)[:, None]
     y = moe_ffn(
         x,
         Routing(jnp.zeros((x.shape[0], 1), jnp.int32), weights),
-        params.shared,
+        experts,
         activation=config.shared_activation,
         activation_limit=config.shared_activation_limit,
         activation_betas=config.activation_betas if config.shared_activation == "situ" else None,
-        **options,
+        **run.options(x, *experts.weights.values()),
     )
     if params.shared_post_norm is not None:
-        y = _rms_norm(y, params.shared_post_norm, config)
+        y = _rms_norm(y, params.shared_post_norm, run)
     return y
 
 
-def _project(name: str, x: Array, weight: Weight, options: dict[str, Any]) -> Array:
+def _project(x: Array, weight: Weight, run: _Run) -> Array:
     """x `[T, K]` times a weight of one expert, in x's dtype."""
-    if check.weight(f"params.{name}", weight)[0] != 1:
-        raise ValueError(f"params.{name} has shape [1, N, K], not {weight.shape}.")
     rows = jnp.arange(x.shape[0], dtype=jnp.int32)
-    if not isinstance(weight, PackedExperts):
-        options = {**options, "variant": None}
-    y = moe_gemm(x, weight, rows, jnp.zeros_like(rows), top_k=1, **options)
+    y = moe_gemm(x, weight, rows, jnp.zeros_like(rows), top_k=1, **run.options(x, weight))
     return y.astype(x.dtype)
 
 
-def _rms_norm(x: Array, weight: Array, config: MoEConfig) -> Array:
-    wide = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + config.norm_eps)
-    return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+def _rms_norm(x: Array, weight: Array, run: _Run) -> Array:
+    wide = x.astype(run.wide)
+    square = jnp.mean(jnp.square(wide), -1, keepdims=True)
+    scale = jax.lax.rsqrt(square + float(run.config.norm_eps))
+    return (wide * scale * weight.astype(run.wide)[None]).astype(x.dtype)

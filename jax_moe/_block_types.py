@@ -1,6 +1,7 @@
 """MoEConfig and MoEParams: what a model's metadata and tensors say of one MoE block."""
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from jax_moe._ffn import Experts, Weight
+from jax_moe._packed import EqualByLeaves, map_packed
 
 # What a router reads, by MoEConfig.router_reads, in words.
 ROUTER_READS = {
@@ -57,13 +59,13 @@ class MoEConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.activation_betas is not None:  # from JSON it is a list, which has no hash
+        if isinstance(self.activation_betas, Iterable):  # from JSON it is a list, without a hash
             object.__setattr__(self, "activation_betas", tuple(self.activation_betas))
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class MoEParams:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MoEParams(EqualByLeaves):
     """The tensors of one MoE block: a pytree. E experts, d_model H.
 
     A 2-D weight of the file is an `Experts` or `PackedExperts` of one expert (E = 1), so that it
@@ -105,6 +107,17 @@ class MoEParams:
     latent_norm: Array | None = None
     chunk_experts: Experts | None = None
     token_to_experts: Array | None = None
+
+    def prepack(self, donate: bool = False) -> "MoEParams":
+        """The same block with every packed weight as its `PackedExperts.prepack` gives it.
+
+        Dense weights, and packed ones that have no tiled layout, stay as they are.
+        """
+        return map_packed(lambda weight: weight.prepack(donate), self)
+
+    def unpack(self, donate: bool = False) -> "MoEParams":
+        """The inverse of `prepack`: every packed weight in GGUF's layout."""
+        return map_packed(lambda weight: weight.unpack(donate), self)
 
     def partition_specs(self, expert_axis: str | tuple[str, ...]) -> "MoEParams":
         """Where each leaf of one layer belongs when its experts are sharded over a mesh axis.

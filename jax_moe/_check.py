@@ -1,5 +1,6 @@
 """Checks of arguments at trace time: messages name the argument, what is allowed and was given."""
 
+import numbers
 from typing import Any
 
 import jax
@@ -28,13 +29,13 @@ def names(dtypes: tuple) -> str:
     return " or ".join(np.dtype(dtype).name for dtype in dtypes)
 
 
-def array(name: str, x: Any, *, rank: int, dtypes: tuple) -> None:
-    """Checks that x has shape and dtype, `rank` axes and one of `dtypes`."""
+def array(name: str, x: Any, *, rank: int | None, dtypes: tuple) -> None:
+    """Checks that x has shape and dtype, `rank` axes, any if None, and one of `dtypes`."""
     if not hasattr(x, "shape") or not hasattr(x, "dtype"):
         raise TypeError(f"{name} is an array, not {type(x).__name__}.")
     if x.dtype not in dtypes:
         raise TypeError(f"{name} has dtype {names(dtypes)}, not {x.dtype}.")
-    if len(x.shape) != rank:
+    if rank is not None and len(x.shape) != rank:
         raise ValueError(f"{name} has {rank} axes, but its shape is {tuple(x.shape)}.")
 
 
@@ -53,8 +54,16 @@ def positive(name: str, value: Any) -> int:
     return int(value)
 
 
+def number(name: str, value: Any) -> float:
+    """`value`, Python's, numpy's or an array without axes, as a float."""
+    if not isinstance(value, numbers.Real) and getattr(value, "shape", None) != ():
+        raise TypeError(f"{name} is a number, not {value!r}.")
+    return float(value)
+
+
 def choice(name: str, value: Any, allowed: tuple) -> None:
-    if value not in allowed:
+    """Checks that `value` is one of strings, or None where that is allowed."""
+    if not isinstance(value, str | None) or value not in allowed:
         raise ValueError(f"{name} is one of {', '.join(map(repr, allowed))}, not {value!r}.")
 
 

@@ -78,7 +78,7 @@ def _integers(field: Array, size: int) -> Array:
 
 def _bits(x: Array, width: int, count: int) -> Array:
     """Splits integers into `count` fields of `width` bits, lowest first: int32 [..., n, count]."""
-    shifts = jnp.arange(count, dtype=jnp.uint32) * width
+    shifts = lax.broadcasted_iota(jnp.uint32, (1,) * x.ndim + (count,), x.ndim) * width
     return ((x.astype(jnp.uint32)[..., None] >> shifts) & (2**width - 1)).astype(jnp.int32)
 
 
@@ -102,6 +102,16 @@ def _scaled(scale: Array, q: Array, minimum: Array | None = None) -> Array:
     groups = q.reshape(*q.shape[:-1], scale.shape[-1], -1).astype(jnp.float32)
     weights = scale[..., None] * groups
     return _flat(weights if minimum is None else weights - minimum[..., None])
+
+
+def _times(d: Array, q: Array) -> Array:
+    """Integers times a scale."""
+    return d * q.astype(jnp.float32)
+
+
+def _ninth_bit_on(low: Array, high: Array) -> Array:
+    """Integers of the bits from the ninth on, over bytes."""
+    return low.astype(jnp.int32) + 256 * high
 
 
 def _codebook(name: str) -> Array:
@@ -155,35 +165,35 @@ def _six_bit(scales: Array) -> tuple[Array, Array]:
 def _q2_k(block: Array) -> Array:
     scales, pairs, d, dmin = _split(block, 16, 64, 2, 2)
     q = _flat(_planes(_groups(pairs, 32), 2, 4), 3)
-    return _scaled(_f16(d) * (scales & 15), q, _f16(dmin) * (scales >> 4))
+    return _scaled(_times(_f16(d), scales & 15), q, _times(_f16(dmin), scales >> 4))
 
 
 def _q3_k(block: Array) -> Array:
     third, pairs, scales, d = _split(block, 32, 64, 12, 2)
     q = _flat(_planes(_groups(pairs, 32), 2, 4), 3) + 4 * _flat(_planes(third, 1, 8))
     low, high = _planes(scales[..., :8], 4, 2), _planes(scales[..., 8:], 2, 4)
-    return _scaled(_f16(d) * (_flat(low) + 16 * _flat(high) - 32), q - 4)
+    return _scaled(_times(_f16(d), _flat(low) + 16 * _flat(high) - 32), q - 4)
 
 
 def _q4_k(block: Array) -> Array:
     d, dmin, scales, nibbles = _split(block, 2, 2, 12, 128)
     scale, minimum = _six_bit(scales)
     q = _flat(_planes(_groups(nibbles, 32), 4, 2), 3)
-    return _scaled(_f16(d) * scale, q, _f16(dmin) * minimum)
+    return _scaled(_times(_f16(d), scale), q, _times(_f16(dmin), minimum))
 
 
 def _q5_k(block: Array) -> Array:
     d, dmin, scales, fifth, nibbles = _split(block, 2, 2, 12, 32, 128)
     scale, minimum = _six_bit(scales)
     q = _flat(_planes(_groups(nibbles, 32), 4, 2), 3) + 16 * _flat(_planes(fifth, 1, 8))
-    return _scaled(_f16(d) * scale, q, _f16(dmin) * minimum)
+    return _scaled(_times(_f16(d), scale), q, _times(_f16(dmin), minimum))
 
 
 def _q6_k(block: Array) -> Array:
     nibbles, pairs, scales, d = _split(block, 128, 64, 16, 2)
     low = _flat(_planes(_groups(nibbles, 64), 4, 2), 3)
     high = _flat(_planes(_groups(pairs, 32), 2, 4), 3)
-    scale = _f16(d) * lax.bitcast_convert_type(scales, jnp.int8)
+    scale = _times(_f16(d), lax.bitcast_convert_type(scales, jnp.int8))
     return _scaled(scale, low + 16 * high - 32)
 
 
@@ -193,13 +203,13 @@ def _q6_k(block: Array) -> Array:
 def _iq1(d: Array, scale: Array, index: Array, minus: Array) -> Array:
     shift = jnp.where(minus != 0, -0.125, 0.125).astype(jnp.float32)
     values = _codebook("IQ1_S")[index].astype(jnp.float32) + shift[..., None]
-    return _scaled(d * (2 * scale + 1), _flat(values))
+    return _scaled(_times(d, 2 * scale + 1), _flat(values))
 
 
 def _iq1_s(block: Array) -> Array:
     d, low, high = _split(block, 2, 32, 16)
     high = _integers(high, 2)  # one for 32 weights, that is for four indices
-    index = low + 256 * _flat(_bits(high & 0xFFF, 3, 4))
+    index = _ninth_bit_on(low, _flat(_bits(high & 0xFFF, 3, 4)))
     minus = jnp.repeat(high >> 15, 4, axis=-1)
     return _iq1(_f16(d), ((high >> 12) & 7).astype(jnp.int32), index, minus)
 
@@ -211,7 +221,8 @@ def _iq1_m(block: Array) -> Array:
     top = scales >> 12  # the four nibbles of d
     d = top[..., 0] | top[..., 1] << 4 | top[..., 2] << 8 | top[..., 3] << 12
     d = lax.bitcast_convert_type(d.astype(jnp.uint16), jnp.float16).astype(jnp.float32)
-    return _iq1(d[..., None], _flat(_bits(scales, 3, 4)), low + 256 * (high & 7), high >> 3)
+    index = _ninth_bit_on(low, high & 7)
+    return _iq1(d[..., None], _flat(_bits(scales, 3, 4)), index, high >> 3)
 
 
 # --- IQ2 and IQ3: code words of magnitudes, signs apart ---
@@ -249,7 +260,7 @@ def _iq2_xs(block: Array) -> Array:
 
 def _iq2_s(block: Array) -> Array:
     d, low, signs, high, scales = _split(block, 2, 32, 32, 8, 8)
-    index = low + 256 * _flat(_bits(high, 2, 4))
+    index = _ninth_bit_on(low, _flat(_bits(high, 2, 4)))
     scale = _half_steps(_f16(d), _flat(_bits(scales, 4, 2)), 0.25)
     return _signed(scale, _codebook("IQ2_S")[index], signs)
 
@@ -263,8 +274,8 @@ def _iq3_xxs(block: Array) -> Array:
 
 def _iq3_s(block: Array) -> Array:
     d, low, high, signs, scales = _split(block, 2, 64, 8, 32, 4)
-    index = low + 256 * _flat(_bits(high, 1, 8))
-    scale = _f16(d) * (1 + 2 * _flat(_bits(scales, 4, 2)))
+    index = _ninth_bit_on(low, _flat(_bits(high, 1, 8)))
+    scale = _times(_f16(d), 1 + 2 * _flat(_bits(scales, 4, 2)))
     return _signed(scale, _codebook("IQ3_S")[index], signs)
 
 
@@ -283,7 +294,9 @@ def _iq4_nl(block: Array) -> Array:
 def _iq4_xs(block: Array) -> Array:
     d, high, low, nibbles = _split(block, 2, 2, 4, 128)
     scale = _flat(_bits(low, 4, 2)) + 16 * _flat(_bits(high, 2, 4)) - 32
-    return _scaled(_f16(d) * scale, _iq4_values(_flat(_planes(_groups(nibbles, 16), 4, 2), 3)))
+    return _scaled(
+        _times(_f16(d), scale), _iq4_values(_flat(_planes(_groups(nibbles, 16), 4, 2), 3))
+    )
 
 
 def _doubled_e2m1(code: Array) -> Array:
@@ -318,7 +331,9 @@ def _tq1_0(block: Array) -> Array:
 
     def digits(field: Array, count: int) -> Array:
         """A byte is a fraction b / 256; its base-3 digits, the first one of all bytes first."""
-        powers = 3 ** jnp.arange(count, dtype=jnp.int32)[:, None]
+        powers = 3 ** lax.broadcasted_iota(
+            jnp.int32, (1,) * (field.ndim - 1) + (count, 1), field.ndim - 1
+        )
         fractions = (field.astype(jnp.int32)[..., None, :] * powers) & 255
         return _flat((fractions * 3) >> 8)
 

@@ -1,7 +1,5 @@
 """moe_ffn: the feed-forward block of all of a layer's routed experts, from routing to the sum."""
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +20,7 @@ from jax_moe._operands import (
     weight_format,
     weight_operand,
 )
-from jax_moe._packed import PackedExperts
+from jax_moe._packed import EqualByLeaves, PackedExperts, map_packed
 from jax_moe._reference import ffn_reference
 from jax_moe._routing import Routing
 from jax_moe._variants import MoEVariant, as_variant, check_variant
@@ -31,8 +29,8 @@ Weight = PackedExperts | Array
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Experts:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Experts(EqualByLeaves):
     """The weights of a layer's experts: a pytree.
 
     Weights are `PackedExperts` or dense float32, float16 or bfloat16 arrays, each with its own
@@ -62,21 +60,30 @@ class Experts:
 
     def prepack(self, donate: bool = False) -> "Experts":
         """The same experts with every packed weight as its `PackedExperts.prepack` gives it."""
-        return self._map_packed(lambda weight: weight.prepack(donate))
+        return map_packed(lambda weight: weight.prepack(donate), self)
 
     def unpack(self, donate: bool = False) -> "Experts":
         """The inverse of `prepack`: every packed weight in GGUF's layout."""
-        return self._map_packed(lambda weight: weight.unpack(donate))
+        return map_packed(lambda weight: weight.unpack(donate), self)
 
-    def _map_packed(self, f: Callable[[PackedExperts], PackedExperts]) -> "Experts":
-        done: dict[Any, PackedExperts] = {}  # one array may be in two places
-        changes: dict[str, Any] = {}
-        for name in ("gate", "up", "gate_up", "down"):
-            weight = getattr(self, name)
-            if isinstance(weight, PackedExperts):
-                key = (id(weight.data), weight.format, weight.layout)
-                done[key] = changes[name] = done[key] if key in done else f(weight)
-        return dataclasses.replace(self, **changes)
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """The weights that are given, by the names of their fields."""
+        named = {name: getattr(self, name) for name in ("gate", "up", "gate_up", "down")}
+        return {name: weight for name, weight in named.items() if weight is not None}
+
+
+@dataclass(frozen=True)
+class ExpertsProblem:
+    """Experts that have been checked."""
+
+    num_experts: int
+    d_model: int
+    d_expert: int
+    formats: tuple[int, int, int]
+    gated: bool
+    merged: bool
+    biased: bool  # gate or up
 
 
 @dataclass(frozen=True)
@@ -85,16 +92,11 @@ class FfnProblem:
 
     num_tokens: int
     top_k: int
-    num_experts: int
-    d_model: int
-    d_expert: int
     x_dtype: np.dtype
-    formats: tuple[int, int, int]
-    merged: bool
+    experts: ExpertsProblem
     activation: str
     numbers: tuple[float, float, float]
     variant: MoEVariant | None
-    biased: bool  # gate or up
 
 
 def moe_ffn(
@@ -150,7 +152,7 @@ def moe_ffn(
     )
     biases: tuple[Array | None, ...]
     scales: tuple[Array | None, ...]
-    if problem.merged:
+    if problem.experts.merged:
         gate, up = experts.gate_up, None
         biases = (experts.gate_up_bias, None, experts.down_bias)
         scales = (experts.gate_up_scale, None, experts.down_scale)
@@ -174,14 +176,14 @@ def moe_ffn(
             round_activations=variant is MoEVariant.SCALAR_GGUF,
         ).astype(x.dtype)
     static = _Static(
-        problem.formats,
-        problem.merged,
+        problem.experts.formats,
+        problem.experts.merged,
         ACTIVATIONS[activation].code,
         problem.numbers,
         bool(weights_before),
         0 if variant is None else variant.value,
-        problem.d_expert,
-        problem.biased,
+        problem.experts.d_expert,
+        problem.experts.biased,
     )
     operands = [weight_operand(w) for w in (gate, up, experts.down)]
     (y,) = _ffn_op(
@@ -215,35 +217,51 @@ def ffn_problem(
     x_dtypes = check.float_dtypes(implementation)
     check.array("x", x, rank=2, dtypes=x_dtypes)
     tokens, d_model = x.shape
+    if not isinstance(routing, Routing):
+        raise TypeError(f"routing is jax_moe.Routing, not {type(routing).__name__}.")
     check.array("routing.expert_ids", routing.expert_ids, rank=2, dtypes=(jnp.int32,))
     top_k = check.positive("top_k, the slots of routing.expert_ids,", routing.expert_ids.shape[1])
     check.shape("routing.expert_ids", routing.expert_ids, (tokens, top_k), "[T, k]")
     check.array("routing.weights", routing.weights, rank=2, dtypes=x_dtypes)
     check.shape("routing.weights", routing.weights, (tokens, top_k), "[T, k]")
+    check.pair_count(tokens * top_k)
+    checked = experts_problem("experts", experts, "x", d_model, x_dtypes)
+    check_variant(variant, x.dtype, {f"experts.{name}": w for name, w in experts.weights.items()})
+    numbers = check_activation(activation, activation_limit, activation_betas, checked.gated)
+    return FfnProblem(tokens, top_k, x.dtype, checked, activation, numbers, variant)
 
+
+def experts_problem(
+    path: str, experts: Experts, reads: str, d_model: int, dtypes: tuple
+) -> ExpertsProblem:
+    """Checks experts that are an argument or a field of one.
+
+    Args:
+      path: what they are called in errors, like "params.shared".
+      reads, d_model: what they read and its width H.
+      dtypes: of biases and scales.
+    """
     if not isinstance(experts, Experts):
-        raise TypeError(f"experts is jax_moe.Experts, not {type(experts).__name__}.")
-    merged = experts.gate_up is not None
-    given = {
-        name: getattr(experts, name)
-        for name in ("gate", "up", "gate_up", "down")
-        if getattr(experts, name) is not None
-    }
+        raise TypeError(f"{path} is jax_moe.Experts, not {type(experts).__name__}.")
+    merged, given = experts.gate_up is not None, experts.weights
     if set(given) not in ({"gate", "up", "down"}, {"gate_up", "down"}, {"up", "down"}):
         raise ValueError(
-            "experts has gate, up and down, or gate_up and down, or up and down, not "
+            f"{path} has gate, up and down, or gate_up and down, or up and down, not "
             f"{' and '.join(given) or 'nothing'}."
         )
-    shapes = {name: check.weight(f"experts.{name}", w) for name, w in given.items()}
+    shapes = {name: check.weight(f"{path}.{name}", w) for name, w in given.items()}
     num_experts, d_model_out, d_expert = shapes["down"]
     if d_model_out != d_model:
-        raise ValueError(f"experts.down has [E, H, F] = {shapes['down']}, but x has H = {d_model}.")
+        raise ValueError(
+            f"{path}.down has [E, H, F] = {shapes['down']}, but {reads} has H = {d_model}."
+        )
     for name in shapes.keys() - {"down"}:
         rows = 2 * d_expert if name == "gate_up" else d_expert
         if shapes[name] != (num_experts, rows, d_model):
             raise ValueError(
-                f"experts.{name} has [E, {'2F' if name == 'gate_up' else 'F'}, H] = "
-                f"{(num_experts, rows, d_model)} to match x and experts.down, not {shapes[name]}."
+                f"{path}.{name} has [E, {'2F' if name == 'gate_up' else 'F'}, H] = "
+                f"{(num_experts, rows, d_model)} to match {reads} and {path}.down, not "
+                f"{shapes[name]}."
             )
     for name in ("gate", "up", "gate_up", "down"):
         for kind, expected in (("bias", shapes.get(name, (0, 0))[:2]), ("scale", (num_experts,))):
@@ -251,28 +269,19 @@ def ffn_problem(
             if extra is None:
                 continue
             if name not in given:
-                raise ValueError(f"experts.{name}_{kind} is given without experts.{name}.")
-            check.array(f"experts.{name}_{kind}", extra, rank=len(expected), dtypes=x_dtypes)
+                raise ValueError(f"{path}.{name}_{kind} is given without {path}.{name}.")
+            check.array(f"{path}.{name}_{kind}", extra, rank=len(expected), dtypes=dtypes)
             check.shape(
-                f"experts.{name}_{kind}", extra, expected, "[E, N]" if kind == "bias" else "[E]"
+                f"{path}.{name}_{kind}", extra, expected, "[E, N]" if kind == "bias" else "[E]"
             )
-    check_variant(variant, x.dtype, {f"experts.{name}": w for name, w in given.items()})
-    numbers = check_activation(
-        activation, activation_limit, activation_betas, has_gate=merged or "gate" in given
-    )
     gate, up = (experts.gate_up, None) if merged else (experts.gate, experts.up)
-    return FfnProblem(
-        num_tokens=tokens,
-        top_k=top_k,
+    return ExpertsProblem(
         num_experts=num_experts,
         d_model=d_model,
         d_expert=d_expert,
-        x_dtype=x.dtype,
         formats=tuple(weight_format(w) for w in (gate, up, experts.down)),  # type: ignore[arg-type]
+        gated=gate is not None,
         merged=merged,
-        activation=activation,
-        numbers=numbers,
-        variant=variant,
         biased=any(
             bias is not None for bias in (experts.gate_bias, experts.up_bias, experts.gate_up_bias)
         ),

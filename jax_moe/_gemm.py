@@ -153,6 +153,7 @@ def gemm_problem(
         raise ValueError(
             f"sorted_token_ids has {pairs} entries, not a multiple of top_k = {top_k}."
         )
+    check.pair_count(pairs)
     tokens = pairs // top_k
     if x.shape[0] not in (tokens, pairs):
         raise ValueError(
@@ -168,7 +169,13 @@ def gemm_problem(
     packed = isinstance(weight, PackedExperts)
     y_dtype = np.dtype(jnp.float32) if packed and x.dtype != jnp.float64 else x.dtype
     if preferred_element_type is not None:
-        preferred = np.dtype(preferred_element_type)
+        try:
+            preferred = np.dtype(preferred_element_type)
+        except TypeError:
+            raise TypeError(
+                f"preferred_element_type is {check.names(x_dtypes)}, not "
+                f"{preferred_element_type!r}."
+            ) from None
         if variant is not None and preferred != y_dtype:
             raise ValueError(
                 f"preferred_element_type: {variant.name} gives y of {y_dtype}, not {preferred}; "
@@ -264,8 +271,9 @@ def _fold(op, static: _Static, size, batched, x, data, aux, pairs, experts, topk
 
 
 def fold_experts(operand: Array) -> Array:
-    """A batch of an expert operand as one of more experts; an absent one stays absent."""
-    return operand.reshape(-1, *operand.shape[2:]) if operand.size else operand.reshape(-1)
+    """A batch of an expert operand as one of more experts; an absent one, [size, 0], as [0]."""
+    size, experts, *rest = operand.shape
+    return operand.reshape(size * experts, *rest)
 
 
 def fold_ids(ids: Array, element: Array, count: int) -> Array:

@@ -1,11 +1,13 @@
 """Expert weights as a GGUF file packs them, and as GPUs read them."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jax_moe._dequantize import dequantize
@@ -14,10 +16,35 @@ from jax_moe._repack import BAND_ROWS, can_be_tiled, repack, unpack
 
 TILED = "tiled"
 
+Tree = TypeVar("Tree")
+
+
+class EqualByLeaves:
+    """A pytree that equals another of its structure with the very same arrays.
+
+    Other leaves, like `jax.ShapeDtypeStruct`, are compared. There is a hash where the leaves have
+    one, so not with concrete arrays.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is not type(self):
+            return NotImplemented
+        if jax.tree.structure(self) != jax.tree.structure(other):  # type: ignore[operator]
+            return False
+        return all(map(_same_leaf, jax.tree.leaves(self), jax.tree.leaves(other)))
+
+    def __hash__(self) -> int:
+        leaves, structure = jax.tree.flatten(self)
+        return hash((structure, *leaves))
+
+
+def _same_leaf(a: Any, b: Any) -> bool:
+    return a is b or (not isinstance(a, Array | np.ndarray) and bool(a == b))
+
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PackedExperts:
+@dataclass(frozen=True, eq=False)
+class PackedExperts(EqualByLeaves):
     """Matrices of experts in a GGUF block format: a pytree whose leaf is the bytes.
 
     E, N and K always follow from `data`, so stacked layers, slices and shards are PackedExperts
@@ -88,13 +115,15 @@ class PackedExperts:
 
         Returns:
           `PackedExperts` with the layout "tiled", for which `unpack` gives the exact bytes back; or
-          self where N is no multiple of 16, or where it is tiled already.
+          self where N is no multiple of 16, where N or K is 0, or where it is tiled already.
 
         Raises:
+          TypeError: `data` is no array of uint8. `jax.eval_shape` takes shapes instead.
           ValueError: the shape is not that of whole blocks, a sharding splits rows or bands of 16
             rows, or `donate` is asked of a traced array.
           ImportError: the native library cannot work with the installed jaxlib.
         """
+        _check_bytes(self.data)
         check_layout("self", self)
         if self.layout == TILED or not can_be_tiled(self.data.shape):
             return self
@@ -110,11 +139,27 @@ class PackedExperts:
         """
         if self.layout is None:
             return self
+        _check_bytes(self.data)
         check_layout("self", self)
         _check_donation(self.data, donate)
         data = unpack(self.data, self.format)
         _delete(self.data, donate)
         return PackedExperts(data, self.format)
+
+
+def map_packed(f: Callable[[PackedExperts], PackedExperts], tree: Tree) -> Tree:
+    """`tree` with `f` of its packed weights; an array that is in two places is still one."""
+    done: dict[Any, PackedExperts] = {}
+
+    def each(node: Any) -> Any:
+        if not isinstance(node, PackedExperts):
+            return node
+        key = (id(node.data), node.format, node.layout)
+        if key not in done:
+            done[key] = f(node)
+        return done[key]
+
+    return jax.tree.map(each, tree, is_leaf=lambda node: isinstance(node, PackedExperts))
 
 
 def check_layout(name: str, weight: PackedExperts) -> None:
@@ -152,6 +197,12 @@ def check_layout(name: str, weight: PackedExperts) -> None:
 
 def _block_bytes(weight: PackedExperts) -> int:
     return weight.format.block_bytes if weight.layout is None else weight.format.tiled_bytes
+
+
+def _check_bytes(data: Any) -> None:
+    if not isinstance(data, Array | np.ndarray) or data.dtype != jnp.uint8 or data.ndim < 2:
+        given = f"{data.dtype} {data.shape}" if isinstance(data, Array | np.ndarray) else data
+        raise TypeError(f"self.data is an array of uint8 [..., E, N, row_bytes], not {given}.")
 
 
 def _check_donation(data: Array, donate: bool) -> None:

@@ -33,7 +33,7 @@ def round_q8_1(x: Array) -> Array:
     scale = jnp.max(jnp.abs(blocks), axis=-1, keepdims=True) / 127
     quotient = jnp.abs(blocks / jnp.where(scale == 0, 1, scale))
     whole = jnp.floor(quotient)
-    rounded = jnp.sign(blocks) * (whole + (quotient - whole >= 0.5))
+    rounded = jnp.sign(blocks) * (whole + (quotient - whole >= 0.5).astype(whole.dtype))
     return (rounded * scale).reshape(padded.shape)[..., :width].astype(x.dtype)
 
 
@@ -110,7 +110,7 @@ def ffn_reference(
         if scales[name] is not None:
             y = y * scales[name][e].astype(dtype)  # type: ignore[index]
         if biases[name] is not None:
-            y = y + biases[name][e].astype(dtype)  # type: ignore[index]
+            y = y + biases[name][e].astype(dtype)[None]  # type: ignore[index]
         return y
 
     def expert(e: Array, *matrices: Array) -> Array:

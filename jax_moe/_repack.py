@@ -4,6 +4,7 @@
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ BAND_ROWS = 16
 
 def can_be_tiled(shape: tuple[int, ...]) -> bool:
     """Whether weights of shape [..., N, K or row_bytes] have a tiled layout."""
-    return len(shape) > 1 and shape[-2] % BAND_ROWS == 0
+    return len(shape) > 1 and shape[-2] % BAND_ROWS == 0 and 0 not in shape[-2:]
 
 
 def repack(data: Array, format: BlockFormat) -> tuple[Array, Array]:
@@ -49,16 +50,20 @@ def _placed(whole: Any, shards: Any, data: Array, format: BlockFormat) -> Any:
 
 @functools.partial(jax.jit, static_argnames="format")
 def _repack(data: Array, format: BlockFormat) -> tuple[Array, Array]:
-    flat = data.reshape(-1, *data.shape[-2:])
-    tiled, aux = _repack_op(format.ggml_type, flat)
+    tiled, aux = _repack_op(format.ggml_type, _experts_joined(data))
     leading = data.shape[:-1]
     return tiled.reshape(*leading, tiled.shape[-1]), aux.reshape(*leading, 2)
 
 
 @functools.partial(jax.jit, static_argnames="format")
 def _unpack(data: Array, format: BlockFormat) -> Array:
-    (unpacked,) = _unpack_op(format.ggml_type, data.reshape(-1, *data.shape[-2:]))
+    (unpacked,) = _unpack_op(format.ggml_type, _experts_joined(data))
     return unpacked.reshape(*data.shape[:-1], unpacked.shape[-1])
+
+
+def _experts_joined(data: Array) -> Array:
+    """[..., E, N, row_bytes], of which any may be 0, with one axis of experts."""
+    return data.reshape(math.prod(data.shape[:-2]), *data.shape[-2:])
 
 
 @functools.partial(jax.jit, static_argnames=("format", "mesh", "spec"))
@@ -108,7 +113,7 @@ def _run_unpack(ggml_type: int, data: Array) -> list[Array]:
 
 def _fold(op: Any, ggml_type: int, size: int, batched: Any, data: Array) -> list[Array]:
     """Folds a batch into the expert axis."""
-    results = op(ggml_type, data.reshape(-1, *data.shape[2:]))
+    results = op(ggml_type, data.reshape(size * data.shape[1], *data.shape[2:]))
     return [result.reshape(*data.shape[:3], result.shape[-1]) for result in results]
 
 

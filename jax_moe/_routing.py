@@ -106,20 +106,20 @@ def route(
       ImportError: the platform's kernels cannot be used with the installed jaxlib.
     """
     check.implementation(implementation)
-    logits = jnp.asarray(logits)
+    logits = _as_array("logits", logits, implementation)
     _check_floating("logits", logits, 2, implementation)
-    rule = _Rule(
-        top_k=check.positive("top_k", top_k),
-        gating=gating,
-        normalize=bool(normalize),
-        scale=float(scale),
-        num_groups=check.positive("num_groups", num_groups),
-        num_groups_used=check.positive("num_groups_used", num_groups_used),
-    )
     experts = logits.shape[1]
-    _check_rule(rule, experts)
+    rule = routing_rule(
+        experts,
+        top_k,
+        gating=gating,
+        normalize=normalize,
+        scale=scale,
+        num_groups=num_groups,
+        num_groups_used=num_groups_used,
+    )
     if selection_bias is not None:
-        selection_bias = jnp.asarray(selection_bias)
+        selection_bias = _as_array("selection_bias", selection_bias, implementation)
         _check_floating("selection_bias", selection_bias, 1, implementation)
         check.shape("selection_bias", selection_bias, (experts,), "[E]")
     if implementation == "reference":
@@ -144,7 +144,7 @@ def sort_by_expert(
       ImportError: the platform's kernels cannot be used with the installed jaxlib.
     """
     check.implementation(implementation)
-    expert_ids = jnp.asarray(expert_ids)
+    expert_ids = _as_array("expert_ids", expert_ids, implementation)
     if not jnp.issubdtype(expert_ids.dtype, jnp.integer) or not np.can_cast(
         expert_ids.dtype, np.int32
     ):
@@ -171,22 +171,59 @@ def _check_floating(name: str, x: Array, rank: int, implementation: str | None) 
     check.array(name, x, rank=rank, dtypes=(*check.DENSE_DTYPES, *wider))
 
 
-def _check_rule(rule: _Rule, experts: int) -> None:
-    check.choice("gating", rule.gating, GATINGS)
+def _as_array(name: str, x: ArrayLike, implementation: str | None) -> Array:
+    """x as an array; of Python's numbers, which have no width, one of 32 bits under x64 too."""
+    result = jnp.asarray(x)
+    if hasattr(x, "dtype"):
+        return result
+    if result.dtype == jnp.float64 and implementation is None:
+        return result.astype(jnp.float32)
+    if result.dtype == jnp.int64:
+        try:
+            return jnp.asarray(x, jnp.int32)
+        except OverflowError:
+            raise ValueError(f"{name} has a number that int32 cannot hold.") from None
+    return result
+
+
+def routing_rule(
+    experts: int,
+    top_k: int,
+    *,
+    gating: str,
+    normalize: bool,
+    scale: float,
+    num_groups: int,
+    num_groups_used: int,
+    prefix: str = "",
+) -> _Rule:
+    """Checks the numbers of `route` for logits of `experts`; `prefix` goes before their names."""
+    check.choice(f"{prefix}gating", gating, GATINGS)
+    rule = _Rule(
+        top_k=check.positive(f"{prefix}top_k", top_k),
+        gating=gating,
+        normalize=bool(normalize),
+        scale=check.number(f"{prefix}scale", scale),
+        num_groups=check.positive(f"{prefix}num_groups", num_groups),
+        num_groups_used=check.positive(f"{prefix}num_groups_used", num_groups_used),
+    )
     if experts % rule.num_groups:
-        raise ValueError(f"num_groups divides {experts} experts, and {rule.num_groups} does not.")
+        raise ValueError(
+            f"{prefix}num_groups divides {experts} experts, and {rule.num_groups} does not."
+        )
     if rule.num_groups_used > rule.num_groups:
         raise ValueError(
-            f"num_groups_used is at most num_groups = {rule.num_groups}, "
+            f"{prefix}num_groups_used is at most {prefix}num_groups = {rule.num_groups}, "
             f"not {rule.num_groups_used}."
         )
     eligible = experts // rule.num_groups * rule.num_groups_used
     if rule.top_k > eligible:
         raise ValueError(
-            f"top_k is at most {eligible}, the number of eligible experts "
+            f"{prefix}top_k is at most {eligible}, the number of eligible experts "
             f"({rule.num_groups_used} of {rule.num_groups} groups of {experts} experts), "
             f"not {rule.top_k}."
         )
+    return rule
 
 
 # --- Kernels -----------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def route_reference(
     all_nan = jnp.isnan(logits).all(axis=-1, keepdims=True)
     probs = gates(logits, gating)
     if bias is not None:
-        scores = probs + bias.astype(probs.dtype)
+        scores = probs + bias.astype(probs.dtype)[None]
     elif num_groups > 1:
         scores = probs
     else:
@@ -82,7 +82,8 @@ def _limit_groups(scores: Array, num_groups: int, num_groups_used: int) -> Array
     grouped = scores.reshape(tokens, num_groups, size)
     group_scores = jax.lax.top_k(grouped, min(2, size))[0].sum(axis=-1)
     used = _best(_nan_to_minus_inf(group_scores), num_groups_used)
-    kept = (used[:, :, None] == jnp.arange(num_groups)).any(axis=1)
+    groups = jnp.arange(num_groups, dtype=jnp.int32)
+    kept = (used[:, :, None] == groups[None, None]).any(axis=1)
     return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
 
 

@@ -61,13 +61,14 @@ def expert_axes(path: tuple[str, ...], ndim: int, axis: str) -> tuple[str | None
     return (None,) * (ndim - 1 - trailing) + (axis,) + (None,) * trailing
 
 
-def quantize_params(params: MoEParams, format: Any) -> MoEParams:
+def quantize_params(params: MoEParams, format: Any, prepack: bool = False) -> MoEParams:
     """The same block with expert weights packed by `quantize`.
 
     Args:
       params: a block whose weights are floats `[E, N, K]`; packed ones stay as they are.
       format: one for every expert weight and latent projection, or a mapping from their names, like
         "experts.down" or "latent_up", to formats; weights it does not name stay floats.
+      prepack: whether to bring every packed weight into the tiled layout, one after another.
 
     Raises: as `quantize`, which see; ValueError if `format` names what is not a weight of `params`.
     """
@@ -89,8 +90,10 @@ def quantize_params(params: MoEParams, format: Any) -> MoEParams:
             packed = quantize(parent[key], target)
         except (TypeError, ValueError) as error:
             raise type(error)(f"params.{name}: {error}") from error
-        parent[key] = _packed_node(packed)
-    return from_tree(tree)
+        # Nobody else has what was just made; what came packed is the caller's and stays whole.
+        parent[key] = _packed_node(packed.prepack(donate=True) if prepack else packed)
+    result = from_tree(tree)
+    return result.prepack() if prepack else result
 
 
 def _node(value: Any) -> Any:

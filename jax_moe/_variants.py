@@ -1,6 +1,8 @@
 """The named kernel variants, the dtypes each takes, and what accuracy each promises."""
 
 import enum
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,11 +29,9 @@ def as_variant(variant: MoEVariant | None) -> MoEVariant | None:
 
 
 def check_variant(
-    variant: MoEVariant | None, x_dtype: np.dtype, weights: dict[str, object]
+    variant: MoEVariant | None, x_dtype: np.dtype, weights: Mapping[str, object]
 ) -> None:
     """Raises where `variant` does not take activations of `x_dtype` or one of the weights."""
-    from jax_moe._packed import PackedExperts
-
     if variant is None:
         return
     half = (jnp.float16, jnp.bfloat16)
@@ -42,12 +42,28 @@ def check_variant(
             f"not {x_dtype}."
         )
     for name, weight in weights.items():
-        packed = isinstance(weight, PackedExperts)
-        if variant is MoEVariant.WMMA and packed:
-            raise TypeError(f"WMMA takes dense weights, but {name} is PackedExperts.")
-        if variant is not MoEVariant.WMMA and not packed:
-            raise TypeError(f"{variant.name} takes packed weights, but {name} is a dense array.")
-        if variant is MoEVariant.WMMA and weight.dtype != x_dtype:  # type: ignore[attr-defined]
-            raise TypeError(
-                f"WMMA takes weights of x's dtype {x_dtype}, but {name} is {weight.dtype}."  # type: ignore[attr-defined]
-            )
+        if refusal := _refusal(variant, x_dtype, name, weight):
+            raise TypeError(refusal)
+
+
+def variant_for(
+    variant: MoEVariant | None, x_dtype: np.dtype, weights: Sequence[object]
+) -> MoEVariant | None:
+    """`variant` where it takes all the weights, else None."""
+    if variant is None or any(_refusal(variant, x_dtype, "", weight) for weight in weights):
+        return None
+    return variant
+
+
+def _refusal(variant: MoEVariant, x_dtype: np.dtype, name: str, weight: Any) -> str | None:
+    """Why `variant` does not take the weight `name`; None where it does."""
+    from jax_moe._packed import PackedExperts
+
+    packed = isinstance(weight, PackedExperts)
+    if variant is MoEVariant.WMMA and packed:
+        return f"WMMA takes dense weights, but {name} is PackedExperts."
+    if variant is not MoEVariant.WMMA and not packed:
+        return f"{variant.name} takes packed weights, but {name} is a dense array."
+    if variant is MoEVariant.WMMA and weight.dtype != x_dtype:
+        return f"WMMA takes weights of x's dtype {x_dtype}, but {name} is {weight.dtype}."
+    return None

@@ -66,7 +66,13 @@ class MoE(nn.Module):
 
     @classmethod
     def from_floats(
-        cls, params: MoEParams, config: MoEConfig, format: Any, **attributes: Any
+        cls,
+        params: MoEParams,
+        config: MoEConfig,
+        format: Any,
+        *,
+        prepack: bool = False,
+        **attributes: Any,
     ) -> MoE:
         """Packs the weights of a float checkpoint; runs on the host, outside `jax.jit`.
 
@@ -74,11 +80,13 @@ class MoE(nn.Module):
           params: weights are float arrays `[E, N, K]`, outputs before inputs.
           format: a block format for all expert weights and latent projections, or a mapping from
             names like "experts.down" to formats; weights it does not name stay floats.
+          prepack: whether packed weights go into the layout that GPUs read fastest, as
+            `MoEParams.prepack` does.
           config, attributes: as in `MoE`.
 
         Raises: as `jax_moe.quantize`.
         """
-        return cls(quantize_params(params, format), config, **attributes)
+        return cls(quantize_params(params, format, prepack), config, **attributes)
 
     @classmethod
     def from_variables(

@@ -76,7 +76,13 @@ class MoE(nnx.Module):
 
     @classmethod
     def from_floats(
-        cls, params: MoEParams, config: MoEConfig, format: Any, *, expert_axis: str | None = None
+        cls,
+        params: MoEParams,
+        config: MoEConfig,
+        format: Any,
+        *,
+        prepack: bool = False,
+        expert_axis: str | None = None,
     ) -> MoE:
         """Packs the weights of a float checkpoint; runs on the host, outside `jax.jit`.
 
@@ -84,11 +90,13 @@ class MoE(nnx.Module):
           params: weights are float arrays `[E, N, K]`, outputs before inputs.
           format: a block format for all expert weights and latent projections, or a mapping from
             names like "experts.down" to formats; weights it does not name stay floats.
+          prepack: whether packed weights go into the layout that GPUs read fastest, as
+            `MoEParams.prepack` does.
           config, expert_axis: as in `MoE`.
 
         Raises: as `jax_moe.quantize`.
         """
-        return cls(quantize_params(params, format), config, expert_axis=expert_axis)
+        return cls(quantize_params(params, format, prepack), config, expert_axis=expert_axis)
 
     @classmethod
     def from_state(

@@ -80,6 +80,8 @@ GEMM_ERRORS = [
         ValueError,
         "preferred_element_type: SCALAR_GGUF gives",
     ),
+    ({"preferred_element_type": "junk"}, TypeError, "preferred_element_type is .* not 'junk'"),
+    ({"implementation": ["reference"]}, ValueError, "implementation is one of"),
 ]
 
 
@@ -108,6 +110,10 @@ def ffn_arguments(**changes):
 
 def routing(ids=(T, TOP_K), weights=(T, TOP_K), ids_dtype=jnp.int32, weights_dtype=jnp.float32):
     return Routing(jnp.zeros(ids, ids_dtype), jnp.ones(weights, weights_dtype))
+
+
+def situ(betas):
+    return {"activation": "situ", "activation_betas": betas}
 
 
 FFN_ERRORS = [
@@ -145,6 +151,16 @@ FFN_ERRORS = [
     ({"activation_betas": (1.0, 1.0)}, ValueError, "activation_betas"),
     ({"variant": MoEVariant.WMMA}, TypeError, "WMMA takes x of"),
     ({"implementation": "cpu"}, ValueError, "implementation is one of"),
+    ({"routing": tuple(routing())}, TypeError, "routing is jax_moe.Routing, not tuple"),
+    ({"routing": None}, TypeError, "routing is jax_moe.Routing, not NoneType"),
+    ({"x": [1.0, 2.0]}, TypeError, "x is an array, not list"),
+    ({"activation": ["swiglu"]}, ValueError, "activation is one of .* not \\['swiglu'\\]"),
+    ({"activation": "swiglu_clamp", "activation_limit": "7"}, TypeError, "limit is a number"),
+    (situ(3.0), TypeError, r"activation_betas is a pair \(beta, linear_beta\), not 3.0"),
+    (situ((1.0, 2.0, 3.0)), TypeError, "activation_betas is a pair"),
+    (situ((1.0, None)), TypeError, r"activation_betas\[1\] is a number, not None"),
+    (situ((0.0, 1.0)), ValueError, r"activation_betas\[0\], beta, is positive, not 0.0"),
+    (situ((1.0, -1.0)), ValueError, r"activation_betas\[1\], linear_beta, is positive or 0, not"),
 ]
 
 
@@ -173,6 +189,18 @@ def test_more_pairs_than_ids():
         jax.eval_shape(batched, x, ids, weights, weight)
 
 
+def test_select_kernel_refuses_more_pairs_than_ids():
+    x = jax.ShapeDtypeStruct((2**30, K), jnp.float32)
+    ids = jax.ShapeDtypeStruct((2**30, 2), jnp.int32)
+    weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32)
+    with pytest.raises(ValueError, match=r"2147483648 .* pairs"):
+        jax_moe.select_kernel("moe_ffn", **ffn_arguments(x=x, routing=Routing(ids, weights)))
+    pairs = jax.ShapeDtypeStruct((2**31,), jnp.int32)
+    args, kwargs = gemm_arguments(x=x, sorted_token_ids=pairs, flat_expert_ids=pairs)
+    with pytest.raises(ValueError, match=r"2147483648 .* pairs"):
+        jax_moe.select_kernel("moe_gemm", *args, **kwargs)
+
+
 def test_select_kernel_names_its_ops():
     with pytest.raises(ValueError, match="op is 'moe_gemm' or 'moe_ffn'"):
         jax_moe.select_kernel("moe")
@@ -191,9 +219,60 @@ def block_arguments(**changes):
     arguments = {
         "params": MoEParams(**fields),
         "x": jnp.ones((2, T, K)),
-        "config": MoEConfig(top_k=2, activation="silu"),
+        "config": block_config(),
     }
     return arguments | changes
+
+
+def block_config(**fields):
+    return MoEConfig(**({"top_k": 2, "activation": "silu", "shared_activation": "silu"} | fields))
+
+
+def network(experts=1, width=K, **fields):
+    return Experts(up=jnp.ones((experts, 32, width)), down=jnp.ones((experts, width, 32)), **fields)
+
+
+def table(k=2, rows=9, dtype=jnp.int32):
+    return {
+        "token_to_experts": jnp.zeros((rows, k), dtype),
+        "token_ids": jnp.zeros((2, T), jnp.int32),
+    }
+
+
+LATENT = {"latent_down": jnp.ones((1, 32, K)), "latent_up": jnp.ones((1, K, 32))}
+
+# Fields with one axis: what they need beside them, and an element too few.
+VECTORS = [
+    ("router_bias", {}, E),
+    ("selection_bias", {}, E),
+    ("selection_bias", table(), E),
+    ("router_scale", {}, K),
+    ("shared_gate", {"shared": network()}, K),
+    ("shared_pre_norm", {"shared": network()}, K),
+    ("shared_post_norm", {"shared": network()}, K),
+    ("routed_post_norm", {}, K),
+    ("latent_norm", {**LATENT, "experts": network(E, 32)}, 32),
+]
+BAD_VECTORS = [
+    (lambda n: jnp.ones(1), ValueError, "has shape"),
+    (lambda n: jnp.ones(n + 1), ValueError, "has shape"),
+    (lambda n: jnp.ones((1, n)), ValueError, "has 1 axes"),
+    (lambda n: jnp.ones((2 * T, 1)), ValueError, "has 1 axes"),
+    (lambda n: jnp.ones((2 * T, n)), ValueError, "has 1 axes"),
+    (lambda n: jnp.ones(n, jnp.int32), TypeError, "has dtype"),
+    (lambda n: 3.0, TypeError, "is an array, not float"),
+]
+
+
+@pytest.mark.parametrize(("make", "error", "message"), BAD_VECTORS)
+@pytest.mark.parametrize(("name", "beside", "length"), VECTORS)
+def test_vectors_of_a_block(name, beside, length, make, error, message):
+    good = block_arguments(**beside, **{name: jnp.ones(length)})
+    config = good.pop("config")
+    jax.eval_shape(lambda good: jax_moe.moe_block(**good, config=config), good)
+    bad = block_arguments(**beside, **{name: make(length)})
+    with pytest.raises(error, match=rf"params\.{name} {message}"):
+        jax_moe.moe_block(**bad)
 
 
 BLOCK_ERRORS = [
@@ -203,12 +282,82 @@ BLOCK_ERRORS = [
     ({"router": jnp.ones((2 * E, K))}, ValueError, "params.router.*experts"),
     ({"router_input": jnp.ones((T, K))}, ValueError, "router_input has x's shape"),
     ({"token_to_experts": jnp.zeros((9, 2), jnp.int32)}, ValueError, "token_ids is needed"),
-    ({"config": MoEConfig(top_k=E + 1, activation="silu")}, ValueError, "top_k is at most"),
+    ({"config": block_config(top_k=E + 1)}, ValueError, r"config\.top_k is at most"),
+    ({"config": block_config(gating="none")}, ValueError, r"config\.gating is one of"),
+    ({**table(), "config": block_config(gating="none")}, ValueError, r"config\.gating is one of"),
+    ({"config": block_config(top_k=1.0)}, TypeError, r"config\.top_k is an int"),
+    ({"config": block_config(num_groups=2)}, ValueError, r"config\.num_groups divides 3"),
+    ({"config": block_config(norm_eps=None)}, TypeError, r"config\.norm_eps is a number, not None"),
+    ({"config": block_config(scale="2")}, TypeError, r"config\.scale is a number, not '2'"),
+    ({"config": block_config(activation="relu3")}, ValueError, r"config\.activation is one of"),
+    ({"config": block_config(activation_betas=3.0)}, ValueError, r"config\.activation_betas is"),
     (
-        {"config": MoEConfig(top_k=1, gating="none", activation="silu")},
+        {"config": block_config(activation="swiglu")},
         ValueError,
-        "gating is one of",
+        r"config\.activation 'swiglu' is gated",
     ),
+    (
+        {"config": block_config(shared_activation="swiglu"), "shared": network()},
+        ValueError,
+        r"config\.shared_activation 'swiglu' is gated",
+    ),
+    ({"x": [1.0, 2.0]}, TypeError, "x is an array, not list"),
+    ({"x": jnp.ones((T, K), jnp.int32)}, TypeError, "x has dtype"),
+    ({"x": jnp.float32(1)}, ValueError, "x has at least one axis"),
+    ({"router_input": [1.0]}, TypeError, "router_input is an array, not list"),
+    (
+        {"router_input": jnp.ones((2, T, K), jnp.int32)},
+        TypeError,
+        "router_input has dtype float32",
+    ),
+    ({**table(), "token_ids": [1, 2]}, TypeError, "token_ids is an array, not list"),
+    ({"router": None}, TypeError, "params.router is an array, not NoneType"),
+    ({"router": jnp.ones((E, K), jnp.int32)}, TypeError, "params.router has dtype"),
+    ({"experts": None}, TypeError, r"params\.experts is jax_moe\.Experts, not NoneType"),
+    ({"experts": network(E, 32)}, ValueError, r"params\.experts\.down has .* but x has H = 64"),
+    ({"shared": 3}, TypeError, r"params\.shared is jax_moe\.Experts, not int"),
+    ({"shared": network(2)}, ValueError, r"params\.shared is one network, E = 1, but has 2"),
+    ({"shared": network(1, 32)}, ValueError, r"params\.shared\.down has .* but x has H = 64"),
+    (
+        {"shared": network(up_bias=jnp.ones((1, 3)))},
+        ValueError,
+        r"params\.shared\.up_bias has shape",
+    ),
+    ({"shared_gate": jnp.ones(K)}, ValueError, r"shared_gate is given without params\.shared"),
+    ({"shared_pre_norm": jnp.ones(K)}, ValueError, "given without params.shared"),
+    ({"shared_post_norm": jnp.ones(K)}, ValueError, "given without params.shared"),
+    ({"latent_norm": jnp.ones(K)}, ValueError, "latent_norm is given without params.latent_up"),
+    ({"latent_up": LATENT["latent_up"]}, ValueError, "latent_up is given without params.latent_d"),
+    ({"latent_down": LATENT["latent_down"]}, ValueError, "latent_down is given without params.lat"),
+    (LATENT, ValueError, r"params\.experts\.down has .*latent_down's result has H = 32"),
+    (
+        {**LATENT, "latent_down": jnp.ones((2, 32, K))},
+        ValueError,
+        r"params\.latent_down has shape \[1, latent, H\] = \(1, 32, 64\), not \(2, 32, 64\)",
+    ),
+    (
+        {**LATENT, "latent_up": jnp.ones((1, K, K))},
+        ValueError,
+        r"params\.latent_up has shape \[1, H, latent\] = \(1, 64, 32\), not \(1, 64, 64\)",
+    ),
+    (table(k=3), ValueError, r"token_to_experts has shape .* config\.top_k = 2 .* not \(9, 3\)"),
+    (table(rows=0), ValueError, "token_to_experts has shape"),
+    (table(dtype=jnp.float32), TypeError, "params.token_to_experts has dtype int32"),
+    ({"chunk_experts": network(2)}, ValueError, r"params\.chunk_experts has 2 experts"),
+    ({"chunk_experts": network(3, 32)}, ValueError, r"params\.chunk_experts\.down has"),
+    (
+        {"chunk_experts": network(3), "config": block_config(experts_per_group=0)},
+        ValueError,
+        "config.experts_per_group is at least 1",
+    ),
+    ({"variant": "SCALAR_GGUF"}, TypeError, "variant is a jax_moe.MoEVariant"),
+    ({"variant": MoEVariant.WMMA}, TypeError, "WMMA takes x of"),
+    (
+        {"variant": MoEVariant.SCALAR_GGUF, "experts": network(E)},
+        TypeError,
+        r"SCALAR_GGUF takes packed weights, but params\.experts\.up is a dense array",
+    ),
+    ({"implementation": "xla"}, ValueError, "implementation is one of"),
 ]
 
 
@@ -216,6 +365,17 @@ BLOCK_ERRORS = [
 def test_moe_block(changes, error, message):
     with pytest.raises(error, match=message):
         jax_moe.moe_block(**block_arguments(**changes))
+
+
+def test_float64_of_a_block():
+    """Only the reference takes it; otherwise the field is named."""
+    with jax.enable_x64(True):
+        for name, shape in (("router", (E, K)), ("router_bias", (E,)), ("selection_bias", (E,))):
+            fields = {"router": jnp.ones((E, K), jnp.float32), name: jnp.ones(shape, jnp.float64)}
+            arguments = block_arguments(x=jnp.ones((T, K), jnp.float32), **fields)
+            with pytest.raises(TypeError, match=rf"params\.{name} has dtype .* not float64"):
+                jax_moe.moe_block(**arguments)
+            jax_moe.moe_block(**arguments, implementation="reference")
 
 
 @pytest.mark.parametrize("bad", ["Q9_K", "", "F32"])

@@ -7,7 +7,7 @@ import oracle
 import pytest
 
 import jax_moe
-from jax_moe import Experts, MoEConfig, MoEParams
+from jax_moe import Experts, MoEConfig, MoEParams, MoEVariant
 
 E, H, F, T, K = 6, 64, 96, 7, 2
 IMPLEMENTATIONS = (None, "reference")
@@ -51,11 +51,11 @@ class Block:
         x = self.x if x is None else x
         return np.asarray(x, np.float64) @ np.asarray(self.router, np.float64).T
 
-    def run(self, config, implementation, x=None, call=None, **fields):
+    def run(self, config, implementation, x=None, call=None, variant=None, **fields):
         params = MoEParams(**({"experts": self.experts, "router": self.router} | fields))
         run = jax.jit(
             lambda p, x, call: jax_moe.moe_block(
-                p, x, config, implementation=implementation, **call
+                p, x, config, variant=variant, implementation=implementation, **call
             )
         )
         return run(params, self.x if x is None else x, call or {})
@@ -265,6 +265,49 @@ def test_second_pass_of_chunk_experts(implementation):
     gates = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
     second = c.ffn(first, ids // 2, exact_weights(gates, ids // 2))
     check(y, first + 0.05 * second)
+
+
+def test_a_variant_is_for_the_weights_that_it_takes(implementation):
+    """Of a block of packed and dense weights; the routed experts are what it is asked for."""
+    b, s, c = Block(h=32), Block(seed=9, experts=1), Block(seed=30, experts=3, f=32, h=32)
+    down, up = oracle.normal(b.rng, (1, 32, H)), oracle.normal(b.rng, (1, H, 32))
+    shared, chunks = (
+        Experts(**{name: w.dequantize() for name, w in block.experts.weights.items()})
+        for block in (s, c)
+    )
+    fields = {"shared": shared, "chunk_experts": chunks, "latent_down": down, "latent_up": up}
+    config = MoEConfig(top_k=K, experts_per_group=2)
+    scalar, wmma = MoEVariant.SCALAR_GGUF, MoEVariant.WMMA
+    y = b.run(config, implementation, variant=scalar, **fields)
+    exact = b.run(config, "reference", **fields)
+    assert 1e-4 < oracle.relative_error(y, np.asarray(exact, np.float64)) < 5e-2
+    mixed = Experts(gate=s.experts.gate, up=s.experts.up, down=shared.down)
+    rounded = b.run(config, implementation, variant=scalar, **fields | {"shared": mixed})
+    np.testing.assert_allclose(rounded, y, rtol=1e-4, atol=1e-4)
+    halves = {name: w.astype(jnp.bfloat16) for name, w in fields.items() if "latent" in name}
+    x = b.x.astype(jnp.bfloat16)
+    dense = Experts(**{name: w.dequantize(jnp.bfloat16) for name, w in b.experts.weights.items()})
+    y = b.run(config, implementation, x=x, variant=wmma, experts=dense, shared=s.experts, **halves)
+    assert y.dtype == jnp.bfloat16
+
+
+def test_reference_in_float64():
+    b, s = Block(), Block(seed=9, experts=1)
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(v, np.float64)) for v in (b.router, b.x)]
+        bias = jnp.asarray(b.rng.standard_normal(E))
+        y = b.run(
+            MoEConfig(top_k=K),
+            "reference",
+            x=wide[1],
+            router=wide[0],
+            router_bias=bias,
+            shared=s.experts,
+        )
+        routing = exact_route(b.logits() + np.asarray(bias), K)
+        expected = b.ffn(b.x, *routing) + s.ffn(b.x, np.zeros((T, 1), int), np.ones((T, 1)))
+        assert y.dtype == jnp.float64
+        check(y, expected, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

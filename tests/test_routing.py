@@ -501,6 +501,18 @@ def test_sort_narrow_ids(implementation, dtype):
 
 
 @IMPLEMENTATIONS
+@pytest.mark.parametrize("x64", [False, True])
+def test_numbers_of_python(implementation, x64):
+    with jax.enable_x64(x64):
+        dispatch = sort_by_expert([[1, 0], [5, 0]], 2, implementation=implementation)
+        assert [ids.tolist() for ids in dispatch] == [[1, 3, 0, 2], [0, 0, 1, 5], [0, 2, 3]]
+        with pytest.raises((ValueError, OverflowError)):
+            sort_by_expert([2**40], 2, implementation=implementation)
+        routing = route([[1.0, 3.0, 2.0]], 2, implementation=implementation)
+        assert routing.expert_ids.tolist() == [[1, 2]]
+
+
+@IMPLEMENTATIONS
 def test_bad_sort_arguments(implementation):
     ids = np.zeros((2, 2), np.int32)
     for error, message, arguments in [

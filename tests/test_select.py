@@ -49,6 +49,36 @@ def test_gemm_on_the_cpu():
     assert half.error_bound == 2e-3
 
 
+@pytest.mark.parametrize("x64", [False, True])
+def test_reference(x64):
+    with jax.enable_x64(x64):
+        dtypes = {"float32": 1e-5, "bfloat16": 2e-3} | ({"float64": 1e-12} if x64 else {})
+        for dtype, bound in dtypes.items():
+            x, weight, pairs, ids = gemm_shapes(dtype)
+            call = {"top_k": 2, "implementation": "reference"}
+            info = jax_moe.select_kernel("moe_gemm", x, weight, pairs, ids, **call)
+            assert info.kernel == "reference" and info.workspace_bytes == 0
+            assert info.accumulator == ("float64" if x64 else "float32")
+            assert info.error_bound == bound
+        rounded = {"variant": MoEVariant.SCALAR_GGUF, "implementation": "reference"}
+        info = jax_moe.select_kernel("moe_gemm", *gemm_shapes(), top_k=2, **rounded)
+        assert info.error_bound == 1.2e-2
+        info = jax_moe.select_kernel("moe_ffn", *tiled_ffn(6, jnp.float32), **rounded)
+        assert info.kernel == "reference" and info.error_bound == 2.4e-2
+
+
+def test_bound_of_the_reference_in_float64():
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        packed, exact = oracle.packed("Q4_K", 3, 10, 256)
+        x = jnp.asarray(rng.standard_normal((6, 256)))
+        arguments = x, packed, jnp.arange(6, dtype=jnp.int32), jnp.zeros(6, jnp.int32)
+        call = {"top_k": 1, "implementation": "reference"}
+        y = jax_moe.moe_gemm(*arguments, **call)
+        bound = jax_moe.select_kernel("moe_gemm", *arguments, **call).error_bound
+        assert oracle.relative_error(y, np.asarray(x) @ exact[0].T) <= bound
+
+
 def test_workspace_is_what_the_program_allocates():
     x, weight, pairs, ids = gemm_shapes()
     info = jax_moe.select_kernel("moe_gemm", x, weight, pairs, ids, top_k=2, platform="cpu")

@@ -169,6 +169,14 @@ def test_no_experts():
     assert packed.prepack().unpack().data.shape == (0, 16, 18)
 
 
+@pytest.mark.parametrize("shape", [(2, 0, 18), (2, 16, 0), (2, 0, 0)])
+def test_no_weights(shape):
+    packed = PackedExperts(jnp.zeros(shape, jnp.uint8), "Q4_0")
+    assert packed.prepack() is packed
+    tiled = PackedExperts(packed.data, "Q4_0", "tiled", jnp.zeros((*shape[:-1], 2)))
+    assert tiled.unpack().data.shape == shape
+
+
 # --- Donation, devices, transforms of prepack ---
 
 
@@ -277,12 +285,35 @@ def test_block():
         router=oracle.normal(rng, (E, H)),
         shared=jax.tree.map(lambda leaf: leaf[:1], experts(3)),
     )
-    tiled = dataclasses.replace(
-        params, experts=params.experts.prepack(), shared=params.shared.prepack()
-    )
+    tiled = params.prepack()
+    assert tiled.experts.gate.layout == tiled.shared.down.layout == "tiled"
     x = oracle.normal(rng, (2, T, H))
     block = jax.jit(lambda p, x: jax_moe.moe_block(p, x, MoEConfig(top_k=K)))
     assert_same(block(tiled, x), block(params, x))
+
+
+def test_prepack_of_a_block():
+    """Every packed weight that has a tiled layout; an array that is in two places is still one."""
+    w = jax.tree.map(jnp.copy, experts())
+    one = jax.tree.map(lambda leaf: leaf[:1], experts(3))
+    params = MoEParams(
+        experts=dataclasses.replace(w, down=w.down.dequantize()),
+        router=jnp.ones((E, H)),
+        shared=one,
+        chunk_experts=dataclasses.replace(w, down=PackedExperts(w.down.data[:, :24], "Q8_0")),
+        latent_down=oracle.packed("Q4_0", 1, 32, H)[0],
+        latent_up=oracle.packed("Q4_0", 1, H, 32)[0],
+    )
+    kept = jax.tree.map(np.asarray, params)
+    tiled = params.prepack(donate=True)
+    assert w.gate.data.is_deleted() and params.latent_up.data.is_deleted()
+    assert tiled.experts.gate.data is tiled.chunk_experts.gate.data
+    assert tiled.experts.down is params.experts.down and tiled.router is params.router
+    assert tiled.chunk_experts.down.layout is None
+    for weight in (tiled.experts.up, tiled.shared.up, tiled.latent_down, tiled.latent_up):
+        assert weight.layout == "tiled"
+    jax.tree.map(assert_same, tiled.unpack(donate=True), kept)
+    assert tiled.latent_up.data.is_deleted()
 
 
 @pytest.mark.parametrize("axes", [(0, None, None), (None, None, 0), (0, 0, 0)])
@@ -445,6 +476,11 @@ def test_errors():
                 bad.dequantize()
     with pytest.raises(ValueError, match="layout is None or 'tiled'"):
         PackedExperts(w.data, "Q4_0", "wide")
+    for data in (w.data.astype(jnp.int8), jax.ShapeDtypeStruct(w.data.shape, jnp.uint8), [1]):
+        with pytest.raises(TypeError, match=r"self\.data is an array of uint8"):
+            PackedExperts(data, "Q4_0").prepack()
+        with pytest.raises(TypeError, match=r"self\.data is an array of uint8"):
+            PackedExperts(data, "Q4_0", "tiled", w.aux).unpack()
     with pytest.raises(ValueError, match="19 bytes"):
         PackedExperts(jnp.zeros((1, 16, 19), jnp.uint8), "Q4_0").prepack()
 

@@ -1,5 +1,6 @@
 """The ops under JAX's transforms: each result equals that of the plain calls."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,8 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 import jax_moe
-from jax_moe import Experts, MoEConfig, MoEParams, PackedExperts, Routing
+from jax_moe import Experts, MoEConfig, MoEParams, MoEVariant, PackedExperts, Routing
+from jax_moe._formats import FORMATS
 
 E, H, F, T, K = 4, 64, 96, 5, 2
 
@@ -78,6 +80,18 @@ def test_vmap(op, axes):
     for b in range(3):
         one = [v[b] if a == 0 else v[0] for v, a in zip((xs, routings, weights), axes, strict=True)]
         close(y[b], op(*one))
+
+
+@pytest.mark.parametrize("prepack", [False, True])
+def test_vmap_over_no_experts(op, prepack):
+    """A batch of size 0 of experts is not an absent operand."""
+    x, routing = inputs()
+    w = experts().prepack() if prepack else experts()
+    none = jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), w)
+    one = op(x, routing, w)
+    assert jax.vmap(op, in_axes=(None, None, 0))(x, routing, none).shape == (0, *one.shape)
+    xs = jnp.zeros((0, *x.shape))
+    assert jax.vmap(op, in_axes=(0, None, 0))(xs, routing, none).shape == (0, *one.shape)
 
 
 def test_nested_vmap(op):
@@ -298,3 +312,56 @@ def test_packed_experts_is_a_pytree_of_one_leaf():
     assert len(leaves) == 1 and leaves[0].dtype == jnp.uint8
     assert jax.tree.unflatten(tree, [object()]).format == packed.format
     assert isinstance(jax.tree.map(lambda leaf: leaf[:1], packed), PackedExperts)
+
+
+def test_equality_of_weights():
+    """By identity of arrays, and by value of what stands for them."""
+    w = experts()
+    other = jax.tree.map(jnp.copy, w)
+    for a, b in ((w, other), (w.gate, other.gate)):
+        assert a == jax.tree.map(lambda leaf: leaf, a) and a != b and a != 3
+        shapes = [jax.eval_shape(lambda tree=tree: tree) for tree in (a, b)]
+        assert shapes[0] == shapes[1] and hash(shapes[0]) == hash(shapes[1])
+    assert w.gate != dataclasses.replace(w.gate, format="IQ4_NL")
+    block = MoEParams(experts=w, router=jnp.ones((E, H)))
+    assert block == dataclasses.replace(block)
+    assert block != dataclasses.replace(block, experts=other)
+
+
+@pytest.mark.parametrize("implementation", [None, "reference"])
+@pytest.mark.parametrize(
+    "option", [("numpy_rank_promotion", "raise"), ("numpy_dtype_promotion", "strict")], ids=str
+)
+def test_strict_promotion(option, implementation):
+    shared = Experts(**{name: oracle.packed("Q8_0", 1, H, H)[0] for name in ("up", "down")})
+    half = jnp.ones(E, jnp.bfloat16)
+    w = dataclasses.replace(experts(), up_scale=half, down_bias=jnp.ones((E, H), jnp.bfloat16))
+    params = MoEParams(
+        experts=w,
+        router=jnp.ones((E, H), jnp.bfloat16),
+        router_bias=half,
+        selection_bias=half,
+        router_scale=jnp.ones(H, jnp.bfloat16),
+        shared=shared,
+        shared_gate=jnp.ones(H, jnp.bfloat16),
+        shared_post_norm=jnp.ones(H, jnp.bfloat16),
+        routed_post_norm=jnp.ones(H, jnp.bfloat16),
+    )
+    hashed = dataclasses.replace(params, token_to_experts=jnp.zeros((300, K), jnp.int32))
+    config = jax_moe.MoEConfig(top_k=K, num_groups=2, num_groups_used=1, shared_activation="silu")
+    x, routing = inputs()
+    run = {"implementation": implementation}
+    with getattr(jax, option[0])(option[1]):
+        jax_moe.moe_block(params, x, config, **run)
+        ids = jnp.zeros(T, jnp.uint8)  # which the size of the vocabulary does not fit into
+        jax_moe.moe_block(hashed, x.astype(jnp.bfloat16), config, token_ids=ids, **run)
+        jax_moe.moe_ffn(x, routing, w, variant=MoEVariant.SCALAR_GGUF, **run)
+        jax.vmap(lambda w: jax_moe.moe_ffn(x, routing, w, **run))(stack(w, w))
+        jax_moe.sort_by_expert(routing.expert_ids, E, **run)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_strict_promotion_of_dequantize(name):
+    data = jnp.zeros((1, 16, FORMATS[name].block_bytes), jnp.uint8)
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        PackedExperts(data, name).dequantize()
