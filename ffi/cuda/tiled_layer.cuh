@@ -586,13 +586,20 @@ class LayerWarp {
         y = WaitForGiven(Given(DownPart() + 1));
       }
       if (gives) continue;
-      // In slot order; the next result is on its way while one is added.
-      float sum = 0, next = __shfl_sync(0xffffffffu, y, lane_ - slot);
+      // In slot order, a few at a time, for a shuffle takes as long as several additions.
+      constexpr int kAtOnce = 4;
+      float sum = 0;
 #pragma unroll 1
-      for (int s = 1; s <= top_k; ++s) {
-        const float one = next;
-        next = __shfl_sync(0xffffffffu, y, lane_ - slot + s);
-        sum += one;
+      for (int s = 0; s < top_k; s += kAtOnce) {
+        float parts[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          parts[i] = __shfl_sync(0xffffffffu, y, lane_ - slot + s + i);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (s + i < top_k) sum += parts[i];
+        }
       }
       if (slot == 0) Store(args_.down.y, token * args_.down.y_pitch + row, args_.down.y_type, sum);
     }
