@@ -58,15 +58,16 @@ struct Kernel {
 };
 
 template <typename T, int kParts>
-Kernel Describe() {
-  return {reinterpret_cast<const void*>(&DenseWide<T, kParts>),
+Kernel Describe(int cluster) {
+  return {cluster == 1 ? reinterpret_cast<const void*>(&DenseWide<T, kParts, 1>)
+                       : reinterpret_cast<const void*>(&DenseWide<T, kParts, 2>),
           DenseWideShape<kParts>::kSharedBytes};
 }
 
-Kernel FindKernel(Layout layout) {
-  return layout == Layout::kF16    ? Describe<half, 1>()
-         : layout == Layout::kBF16 ? Describe<__nv_bfloat16, 1>()
-                                   : Describe<__nv_bfloat16, 2>();
+Kernel FindKernel(Layout layout, int cluster) {
+  return layout == Layout::kF16    ? Describe<half, 1>(cluster)
+         : layout == Layout::kBF16 ? Describe<__nv_bfloat16, 1>(cluster)
+                                   : Describe<__nv_bfloat16, 2>(cluster);
 }
 
 // Whether eight 16-bit results from a row that is a multiple of 8 on can be stored at once.
@@ -88,10 +89,12 @@ bool HasDenseWide() { return IsHopper() && FindEncodeTiled() != nullptr; }
 
 cudaError_t ConfigureDenseWide() {
   for (const Layout layout : {Layout::kF16, Layout::kBF16, Layout::kBF16Pair}) {
-    const Kernel kernel = FindKernel(layout);
-    const cudaError_t status = cudaFuncSetAttribute(
-        kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
-    if (status != cudaSuccess) return status;
+    for (const int cluster : {1, 2}) {
+      const Kernel kernel = FindKernel(layout, cluster);
+      const cudaError_t status = cudaFuncSetAttribute(
+          kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
+      if (status != cudaSuccess) return status;
+    }
   }
   return cudaSuccess;
 }
@@ -122,9 +125,9 @@ cudaError_t LaunchDenseWide(const DenseWideArgs& args, cudaStream_t stream) {
       !MakeMap(args, params.paired ? args.weight[1] : first, &params.map[1])) {
     return cudaErrorInvalidValue;
   }
-  const Kernel kernel = FindKernel(args.x_layout);
   // Where most experts have two tiles or more, two blocks share the weights that they read.
   const int cluster = args.pairs > kDenseWideTokens * args.experts ? 2 : 1;
+  const Kernel kernel = FindKernel(args.x_layout, cluster);
   const int64_t clusters =
       std::min((items + cluster - 1) / cluster, int64_t{Multiprocessors()} / cluster);
   void* parameters[] = {&params};

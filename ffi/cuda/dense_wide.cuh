@@ -87,7 +87,8 @@ struct DenseWideShape {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-template <typename T, int kParts>
+// kCluster: blocks of a cluster, 1 or 2.
+template <typename T, int kParts, int kCluster>
 class DenseWideBlock {
  public:
   using Shape = DenseWideShape<kParts>;
@@ -98,11 +99,10 @@ class DenseWideBlock {
       : params_(params),
         args_(params.args),
         m_(memory),
-        cluster_(ClusterSize()),
         rank_(ClusterRank()),
         tiles_(min(*params.args.lists.num_tiles,
                    static_cast<int>(params.args.lists.max_tiles))),
-        steps_((tiles_ + cluster_ - 1) / cluster_),
+        steps_((tiles_ + kCluster - 1) / kCluster),
         items_(steps_ * params.bands),
         chunks_(static_cast<int>((params.args.k + Shape::kChunk - 1) / Shape::kChunk)) {}
 
@@ -110,7 +110,7 @@ class DenseWideBlock {
     if (threadIdx.x == 0) {
       for (int i = 0; i < Shape::kStages; ++i) {
         InitBarrier(m_.full + i, 2);  // for the weights and for the tokens
-        InitBarrier(m_.empty + i, 4 * Shape::kGroups * cluster_);
+        InitBarrier(m_.empty + i, 4 * Shape::kGroups * kCluster);
         InitBarrier(m_.copied + i, kGatherers + 1);
       }
       FenceBarrierInit();
@@ -151,15 +151,15 @@ class DenseWideBlock {
   // expert, go through the bands together. The blocks of a cluster have a band of neighbouring
   // tiles; past the last one there is an empty tile.
   __device__ __forceinline__ Item FindItem(int index) const {
-    const int group = cluster_ == 1 ? Shape::kGroupTiles : Shape::kGroupPairs;
+    const int group = kCluster == 1 ? Shape::kGroupTiles : Shape::kGroupPairs;
     const int first = index / (group * params_.bands) * group;
     const int rest = index - first * params_.bands;
     const int steps = min(steps_ - first, group);
-    const int tile = (first + rest % steps) * cluster_, last = tiles_ - 1;
+    const int tile = (first + rest % steps) * kCluster, last = tiles_ - 1;
     const TokenTile* tiles = args_.lists.tiles;
     Item item = {tiles[min(tile + rank_, last)], rest / steps, false};
     if (tile + rank_ > last) item.tile.count = 0;
-    if (cluster_ > 1) item.shared = tiles[tile].expert == tiles[min(tile + 1, last)].expert;
+    if (kCluster > 1) item.shared = tiles[tile].expert == tiles[min(tile + 1, last)].expert;
     return item;
   }
 
@@ -170,8 +170,8 @@ class DenseWideBlock {
   static __device__ __forceinline__ int Group() { return threadIdx.x / 128 - 1; }
 
   // Items of this cluster: every `Stride()`th, from Begin() on.
-  __device__ __forceinline__ int Begin() const { return blockIdx.x / cluster_; }
-  __device__ __forceinline__ int Stride() const { return gridDim.x / cluster_; }
+  __device__ __forceinline__ int Begin() const { return blockIdx.x / kCluster; }
+  __device__ __forceinline__ int Stride() const { return gridDim.x / kCluster; }
 
   // By one thread, for which it is enough that the lists are there. Of weights that the cluster
   // shares, a block brings two of four slots, to both blocks.
@@ -340,7 +340,7 @@ class DenseWideBlock {
       uint64_t* full = m_.full + place.stage;
       bool left = chunk == 0;
       // Who shares no weights mostly waits for memory: the last chunk's place is not to wait too.
-      if (cluster_ == 1 && !left && !__all_sync(0xffffffffu, TestBarrier(full, place.parity))) {
+      if (kCluster == 1 && !left && !__all_sync(0xffffffffu, TestBarrier(full, place.parity))) {
         WaitWarpgroup<0>();
         Leave(last);
         left = true;
@@ -373,7 +373,7 @@ class DenseWideBlock {
 
   // A warp needs a place no longer: any block of the cluster may write there.
   __device__ __forceinline__ void Leave(int place) const {
-    if (Lane() < cluster_) ArriveInBlock(m_.empty + place, Lane());
+    if (Lane() < kCluster) ArriveInBlock(m_.empty + place, Lane());
   }
 
   static __device__ __forceinline__ int Lane() { return threadIdx.x % 32; }
@@ -739,18 +739,18 @@ class DenseWideBlock {
   const DenseWideParams& params_;
   const DenseWideArgs& args_;
   Memory& m_;
-  const int cluster_, rank_;
+  const int rank_;
   const int tiles_, steps_, items_, chunks_;
   float sum_[2][Shape::kTokens / 2] = {};
 };
 
 #endif  // __CUDA_ARCH_FEAT_SM90_ALL
 
-template <typename T, int kParts>
+template <typename T, int kParts, int kCluster>
 __global__ void __launch_bounds__(DenseWideShape<kParts>::kThreads, 1)
     DenseWide(const __grid_constant__ DenseWideParams params) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Block = DenseWideBlock<T, kParts>;
+  using Block = DenseWideBlock<T, kParts, kCluster>;
   extern __shared__ uint8_t shared[];
   // With older lists, weights are on their way before the kernel before this one has ended.
   if (!params.args.lists.older) WaitForEarlierKernels();
