@@ -129,7 +129,9 @@ def moe_ffn(
       activation_betas: (beta, linear_beta) of "situ"; linear_beta 0 leaves `up` unbounded.
       weights_before: the routing weight multiplies the expert's input instead of its output
         (Llama 4).
-      variant: a `MoEVariant`, or None for the fastest kernel that rounds no activations.
+      variant: a `MoEVariant`, or None for the fastest kernel that keeps x as it is. Inside, h may
+        be rounded to float16 or, between dense bfloat16 experts, to bfloat16: `select_kernel` tells
+        the bound of the error.
       implementation: None for the platform's kernel, "reference" for pure JAX, which is
         differentiable.
 
