@@ -18,7 +18,7 @@ INTEGERS = st.sampled_from(["int32"] * 40 + ["float32", "int8"])
 IDS = st.one_of(st.integers(-2, 5), st.sampled_from([INT32.min, INT32.max]))
 FORMATS = st.sampled_from(["Q8_0", "Q8_0", "Q4_0", "Q4_K", "MXFP4"])
 VARIANTS = st.sampled_from([None] * 6 + list(MoEVariant))
-relaxed = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+relaxed = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def dimension(draw, value: int) -> int:

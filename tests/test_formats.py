@@ -27,7 +27,7 @@ def random_rows(format: BlockFormat, rows: int = 256, seed: int = 0) -> np.ndarr
 
 def quantized_rows(format: BlockFormat) -> np.ndarray:
     """Rows from ggml's quantiser: normal weights, a row of zeros and a constant one."""
-    weights = np.random.default_rng(1).standard_normal((32, K)).astype(np.float32) * 0.05
+    weights = np.random.default_rng(1).standard_normal((16, K)).astype(np.float32) * 0.05
     weights[0], weights[1] = 0, 0.25
     importance = np.mean(weights**2, axis=0)
     return _libggml.quantize_chunk(format.ggml_type, weights, format.row_bytes(K), importance)

@@ -154,7 +154,7 @@ some_ids = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.data(), st.sampled_from([1, 2, 3]), st.sampled_from([None, MoEVariant.SCALAR_GGUF]))
 def test_any_ids(data, top_k, variant):
     """Unsorted, repeated, unlisted and invalid ids are defined, in every implementation alike."""
