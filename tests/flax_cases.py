@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import oracle
 
+import jax_moe
 from jax_moe import Experts, MoEConfig, MoEParams
 
 E, H, F, T, K = 4, 64, 96, 5, 2
@@ -53,6 +54,17 @@ def assert_same(a, b):
     """Equal arrays, formats and absent fields."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def check_prepacked_from_floats(module):
+    """That `module.from_floats` packs into the tiled layout, and leaves what came packed alone."""
+    floats = float_block()
+    tiled = module.from_floats(floats, CONFIG, {"experts.up": "Q4_0"}, prepack=True)
+    assert tiled.params.experts.up.layout == "tiled"
+    unpacked = tiled.params.unpack()
+    assert_same(unpacked.experts.up, jax_moe.quantize(floats.experts.up, "Q4_0"))
+    again = module.from_floats(unpacked, CONFIG, {}, prepack=True)
+    assert_same(again.params, tiled.params)
 
 
 def run_without_flax(code):

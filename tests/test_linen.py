@@ -211,13 +211,7 @@ def test_from_floats():
     assert moe.params.experts.gate.shape == (E, cases.F, H)
     _, variables = init(MoE.from_floats(cases.float_block(), CONFIG, "Q8_0").params)
     assert paths(variables["params"]) == {"router"}
-    tiled = MoE.from_floats(cases.float_block(), CONFIG, {"experts.up": "Q4_0"}, prepack=True)
-    assert tiled.params.experts.up.layout == "tiled"
-    cases.assert_same(
-        tiled.params.unpack().experts.up, jax_moe.quantize(cases.float_block().experts.up, "Q4_0")
-    )
-    again = MoE.from_floats(tiled.params.unpack(), CONFIG, {}, prepack=True)  # not the caller's
-    cases.assert_same(again.params, tiled.params)
+    cases.check_prepacked_from_floats(MoE)
 
 
 def test_needs_flax():

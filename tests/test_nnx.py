@@ -281,13 +281,7 @@ def test_from_floats():
         MoE.from_floats(floats, CONFIG, {"experts.sideways": "Q4_0"})
     with pytest.raises(ValueError, match=r"params\.experts\.(gate|up|down): weights has rows of K"):
         MoE.from_floats(floats, CONFIG, "Q4_K")
-    tiled = MoE.from_floats(cases.float_block(), CONFIG, {"experts.up": "Q4_0"}, prepack=True)
-    assert tiled.params.experts.up.layout == "tiled"
-    cases.assert_same(
-        tiled.params.unpack().experts.up, jax_moe.quantize(cases.float_block().experts.up, "Q4_0")
-    )
-    again = MoE.from_floats(tiled.params.unpack(), CONFIG, {}, prepack=True)  # not the caller's
-    cases.assert_same(again.params, tiled.params)
+    cases.check_prepacked_from_floats(MoE)
 
 
 def test_needs_flax():

@@ -9,7 +9,7 @@
 //   share. Factors, of the word kFactorsWord, times `unit`, the second one times 2^-14 besides.
 //   Integers, the second one times 2^-10; or of two groups Scales and, times 2^-10, Minima. The
 //   offset is the product's negative.
-// - TwoScaled: the scales are the products of Numbers and Factor.
+// - All others of two groups: the scales are the products of Numbers, of both, and Factor.
 // - PowerScaled: the scale is Power.
 // What rows share is computed in the same way for both chunks and all groups, so that the compiler
 // does it once.
@@ -27,6 +27,14 @@ __device__ __forceinline__ half2 Halves(uint32_t bits) {
   return *reinterpret_cast<const half2*>(&bits);
 }
 __device__ __forceinline__ half2 BothHalves(float x) { return __half2half2(__float2half_rn(x)); }
+// Factors of scales: those that are too large, which then belong to zeros, become the largest number.
+__device__ __forceinline__ half2 SaturatedHalves(float low, float high) {
+  half2 result;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %2, %1;"
+      : "=r"(reinterpret_cast<uint32_t&>(result))
+      : "f"(low), "f"(high));
+  return result;
+}
 __device__ __forceinline__ float HalfBits(uint32_t bits) {
   return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
 }
@@ -200,20 +208,8 @@ struct TiledUnit<MXFP4> : PowerScaled {
   }
 };
 
-// Both groups' scales are made at once: exact float16 numbers times a factor that they share.
-struct TwoScaled {
-  // Too large a factor, which then belongs to zeros, becomes the largest number.
-  static __device__ __forceinline__ half2 BothFactors(float factor) {
-    half2 result;
-    asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %1;"
-        : "=r"(reinterpret_cast<uint32_t&>(result))
-        : "f"(factor));
-    return result;
-  }
-};
-
 template <>
-struct TiledUnit<NVFP4> : TwoScaled {
+struct TiledUnit<NVFP4> {
   static constexpr int kChunks = 1, kScaleWords = 1;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -233,21 +229,16 @@ struct TiledUnit<NVFP4> : TwoScaled {
     const uint32_t numbers = __hne2_mask(Halves(codes), Halves(0x007f007fu));
     return __hmul2(Halves(codes << 7 & 0x3f803f80u & numbers), BothHalves(0x1p8f));
   }
-  static __device__ __forceinline__ half2 Factor(const uint32_t*, float unit) {
-    return BothFactors(unit * 0.5f);
+  static __device__ __forceinline__ float Factor(const uint32_t*, float unit) {
+    return unit * 0.5f;
   }
 };
 
 // Scales and offsets that are an integer times d and dmin.
 struct IntegerScaled {
-  // Too large factors, which then belong to zeros, become the largest number.
   static __device__ __forceinline__ half2 Factors(uint32_t d_and_dmin, float unit) {
     const float2 d = __half22float2(Halves(d_and_dmin));
-    half2 result;
-    asm("cvt.rn.satfinite.f16x2.f32 %0, %2, %1;"
-        : "=r"(reinterpret_cast<uint32_t&>(result))
-        : "f"(d.x * unit), "f"(d.y * (unit * 0x1p-14f)));
-    return result;
+    return SaturatedHalves(d.x * unit, d.y * (unit * 0x1p-14f));
   }
 };
 
@@ -300,7 +291,7 @@ struct TiledUnit<Q5_K> : SixBitScaled {
 };
 
 template <>
-struct TiledUnit<Q6_K> : TwoScaled {
+struct TiledUnit<Q6_K> {
   static constexpr int kChunks = 2, kScaleWords = 2;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -318,13 +309,13 @@ struct TiledUnit<Q6_K> : TwoScaled {
   static __device__ __forceinline__ half2 Numbers(const uint32_t* s, const Place&) {
     return __hsub2(Halves(BytePerm(s[0] ^ 0x8080u, 0x64646464u, 0x4140)), Halves(0x64806480u));
   }
-  static __device__ __forceinline__ half2 Factor(const uint32_t* s, float unit) {
-    return BothFactors(HalfBits(s[1]) * unit);
+  static __device__ __forceinline__ float Factor(const uint32_t* s, float unit) {
+    return HalfBits(s[1]) * unit;
   }
 };
 
 template <>
-struct TiledUnit<Q3_K> : TwoScaled {
+struct TiledUnit<Q3_K> {
   static constexpr int kChunks = 2, kScaleWords = 3;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -344,8 +335,8 @@ struct TiledUnit<Q3_K> : TwoScaled {
   static __device__ __forceinline__ half2 Numbers(const uint32_t* s, const Place& at) {
     return TwoIntegersLess<6>(Both(s, at), 32.0f);
   }
-  static __device__ __forceinline__ half2 Factor(const uint32_t* s, float unit) {
-    return BothFactors(HalfBits(s[2]) * unit);
+  static __device__ __forceinline__ float Factor(const uint32_t* s, float unit) {
+    return HalfBits(s[2]) * unit;
   }
 
  private:
@@ -462,7 +453,7 @@ struct TiledUnit<IQ1_S> : FourBitScaled<8> {
 };
 
 template <>
-struct TiledUnit<IQ1_M> : TwoScaled {
+struct TiledUnit<IQ1_M> {
   static constexpr int kChunks = 2, kScaleWords = 3;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -483,8 +474,8 @@ struct TiledUnit<IQ1_M> : TwoScaled {
   static __device__ __forceinline__ half2 Numbers(const uint32_t* s, const Place& at) {
     return TwoIntegersLess<3>(TenBits(s, at), -0.5f);
   }
-  static __device__ __forceinline__ half2 Factor(const uint32_t* s, float unit) {
-    return BothFactors(HalfBits(s[2] >> 16) * (unit * 0.25f));
+  static __device__ __forceinline__ float Factor(const uint32_t* s, float unit) {
+    return HalfBits(s[2] >> 16) * (unit * 0.25f);
   }
   static __device__ __forceinline__ bool IsNegative(const uint32_t* s, const Place& at, int shift) {
     return TenBits(s, at) >> (6 + shift) & 1;
@@ -505,7 +496,7 @@ struct TiledUnit<IQ2_XXS> : FourBitScaled<12> {
 };
 
 // A byte with two scales a unit, and d.
-struct TwoScaleIq2 : TwoScaled {
+struct TwoScaleIq2 {
   static constexpr int kChunks = 2, kScaleWords = 2;
   using Place = TiledPlace<kChunks>;
   JM_LOAD {
@@ -524,8 +515,8 @@ struct TwoScaleIq2 : TwoScaled {
   static __device__ __forceinline__ half2 Numbers(const uint32_t* s, const Place&) {
     return TwoIntegersLess<4>(s[0], -0.5f);
   }
-  static __device__ __forceinline__ half2 Factor(const uint32_t* s, float unit) {
-    return BothFactors(HalfBits(s[1]) * (unit * 0.25f));
+  static __device__ __forceinline__ float Factor(const uint32_t* s, float unit) {
+    return HalfBits(s[1]) * (unit * 0.25f);
   }
 };
 template <>

@@ -108,7 +108,9 @@ class LaneUnit {
         offset_[0] = __hsub2(rest, minimum);
       }
     } else if constexpr (kGroups == 2) {
-      scale = __hmul2(Tiled::Numbers(s, at), Tiled::Factor(s, normaliser * kFieldUnit));
+      const half2 numbers = Tiled::Numbers(s, at);
+      const float factor = Tiled::Factor(s, normaliser * kFieldUnit);
+      scale = __hmul2(numbers, SaturatedHalves(factor, factor));
     } else if constexpr (std::is_base_of_v<PowerScaled, Tiled>) {
       scale = BothHalves(Tiled::Power(s, normaliser, Fields::kExponent));
     } else {
