@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import zlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,12 +40,14 @@ def packed(format_name: str, experts: int, n: int, k: int, seed: int = 0):
     rows = min(experts * n, QUANTIZED_ROWS)
     weights = rng.standard_normal((1, rows, k)).astype(np.float32) / np.sqrt(k)
     importance = rng.uniform(0.5, 1.5, k).astype(np.float32)
-    few = jax_moe.quantize(weights, format_name, importance=importance)
-    values = np.asarray(few.dequantize(), np.float64)[0]
-    picked = np.concatenate([rng.permutation(rows) for _ in range(-(-experts * n // rows))])
-    picked = picked[: experts * n].reshape(experts, n)
-    data = np.asarray(few.data)[0][picked]
-    return dataclasses.replace(few, data=jnp.asarray(data)), values[picked]
+    # Under a trace, too, which may be the first to ask for these.
+    with jax.ensure_compile_time_eval():
+        few = jax_moe.quantize(weights, format_name, importance=importance)
+        values = np.asarray(few.dequantize(), np.float64)[0]
+        picked = np.concatenate([rng.permutation(rows) for _ in range(-(-experts * n // rows))])
+        picked = picked[: experts * n].reshape(experts, n)
+        data = np.asarray(few.data)[0][picked]
+        return dataclasses.replace(few, data=jnp.asarray(data)), values[picked]
 
 
 def all_formats() -> list[str]:
