@@ -10,6 +10,9 @@
 // order.
 #pragma once
 
+#include <type_traits>
+
+#include "ffi/cuda/block_tiles.cuh"
 #include "ffi/cuda/divisor.cuh"
 #include "ffi/cuda/few_tiles.cuh"
 #include "ffi/cuda/hopper.cuh"
@@ -54,7 +57,8 @@ struct NarrowShare {
   int expert, count, band, log_splits, split;
 };
 
-template <typename Format>
+// kBlockTiles: each block finds tiles itself, from the ids; else they are listed, or each warp does.
+template <typename Format, bool kBlockTiles>
 struct alignas(16) NarrowMemory {
   using Shape = TiledNarrowShape<Format>;
   // The rest is the L1 cache's, for the activations.
@@ -62,16 +66,27 @@ struct alignas(16) NarrowMemory {
   typename Shape::Stage ring[Shape::kWarps][kStages];
   uint64_t full[Shape::kWarps][kStages];
   float sums[Shape::kWarps][2][Shape::kTokens][Shape::kSumRows];
-  FewTiles::Table tiles[Shape::kWarps];
+  std::conditional_t<kBlockTiles, BlockTiles::Table, FewTiles::Table[Shape::kWarps]> tiles;
   NarrowShare shares[Shape::kWarps][2];
+
+  // What a warp finds tiles with.
+  __device__ __forceinline__ decltype(auto) MemoryOfTiles(int warp) {
+    if constexpr (kBlockTiles) {
+      static_assert(sizeof(sums) >= BlockTiles::kScratchBytes);  // there are none yet
+      return BlockTiles::Memory{tiles, reinterpret_cast<int32_t*>(sums)};
+    } else {
+      return (tiles[warp]);
+    }
+  }
 };
 
 // A warp, and its way through the items.
-template <typename Format>
+template <typename Format, bool kBlockTiles>
 class NarrowWarp {
  public:
   using Shape = TiledNarrowShape<Format>;
-  using Memory = NarrowMemory<Format>;
+  using Memory = NarrowMemory<Format, kBlockTiles>;
+  using Tiles = std::conditional_t<kBlockTiles, BlockTiles, FewTiles>;
   static constexpr int kStepsOfTwo = 16;  // with more steps bands go out singly
 
   __device__ __forceinline__ NarrowWarp(const TiledArgs& args, Memory& memory)
@@ -88,12 +103,13 @@ class NarrowWarp {
   __device__ __forceinline__ void Run() {
     // With ids or lists at hand that are older than the kernel before this one, weights can be on
     // their way before that one has ended.
-    const bool has_ids = args_.lists.expert_ids != nullptr, early = has_ids || args_.lists.older;
+    const bool has_ids = kBlockTiles || args_.lists.expert_ids != nullptr;
+    const bool early = has_ids || args_.lists.older;
     if (!early) WaitForEarlierKernels();
     LetNextKernelStart();  // which may then read the lists at once: Lists::older
-    FewTiles few(args_.lists.expert_ids, args_.lists.entries,
-                 has_ids ? static_cast<int>(args_.lists.max_tiles) : 0, args_.lists.experts,
-                 m_.tiles[warp_]);
+    Tiles few(args_.lists.expert_ids, args_.lists.entries,
+              has_ids ? static_cast<int>(args_.lists.max_tiles) : 0, args_.lists.experts,
+              m_.MemoryOfTiles(warp_));
     const int tiles = has_ids ? few.Number() : *args_.lists.num_tiles;
     bands_ = args_.rows / Shape::kRows;
     two_bands_ = !args_.activate && bands_ % 2 == 0 && steps_ <= kStepsOfTwo &&
@@ -157,6 +173,7 @@ class NarrowWarp {
 
   // The tile of item_, wanted an item later.
   __device__ __forceinline__ void LoadTile() {
+    if (kBlockTiles) return;
     if (args_.lists.expert_ids == nullptr && item_ < items_) {
       listed_ = args_.lists.tiles[by_bands_.Quotient(item_)];
     }
@@ -170,10 +187,15 @@ class NarrowWarp {
   }
 
   // The share at item_ is the next one; item_ moves on.
-  __device__ __forceinline__ void TakeShare(FewTiles& few) {
+  __device__ __forceinline__ void TakeShare(Tiles& few) {
     const int index = by_bands_.Quotient(item_);
     int expert, count;
-    if (args_.lists.expert_ids != nullptr) {
+    if constexpr (kBlockTiles) {
+      const BlockTiles::Tile tile = few.At(index);
+      expert = tile.expert;
+      count = tile.count;
+      next_pair_ = lane_ / 4 < count ? m_.tiles.pair[tile.begin + lane_ / 4] : -1;
+    } else if (args_.lists.expert_ids != nullptr) {
       expert = few.Expert(index);
       count = few.Take(index);
       next_pair_ = lane_ / 4 < count ? m_.tiles[warp_].pair[lane_ / 4] : -1;
@@ -378,12 +400,13 @@ class NarrowWarp {
   bool has_next_ = false;
 };
 
-template <typename Format>
+template <typename Format, bool kBlockTiles>
 __global__ void __launch_bounds__(32 * TiledNarrowShape<Format>::kWarps,
                                   TiledNarrowShape<Format>::kBlocks)
     TiledNarrow(const __grid_constant__ TiledArgs args) {
   extern __shared__ __align__(128) uint8_t shared[];
-  NarrowWarp<Format>(args, *reinterpret_cast<NarrowMemory<Format>*>(shared)).Run();
+  using Memory = NarrowMemory<Format, kBlockTiles>;
+  NarrowWarp<Format, kBlockTiles>(args, *reinterpret_cast<Memory*>(shared)).Run();
 }
 
 }  // namespace jax_moe::cuda
