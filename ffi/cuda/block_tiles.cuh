@@ -1,5 +1,5 @@
-// Tiles of tokens that every block finds for itself from the ids of some hundred pairs: no sort comes
-// first, and weights are on their way while x is prepared.
+// Tiles of tokens that every block finds for itself from the ids of some hundred pairs: no sort
+// comes first, and weights are on their way while x is prepared.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@
 
 namespace jax_moe::cuda {
 
-// A tile is up to 8 pairs of one expert. Tiles are in the order of experts, an expert's pairs in their
-// own.
+// A tile is up to 8 pairs of one expert. Tiles are in the order of experts, an expert's pairs in
+// their own.
 class BlockTiles {
  public:
   static constexpr int kPairs = plan::kCudaBlockPairs, kExperts = plan::kCudaBlockExperts;

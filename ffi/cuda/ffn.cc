@@ -251,7 +251,7 @@ class Products {
 
   const Ffn& ffn_;
   cudaStream_t stream_;
-  // Whether the kernels for tiled weights need no lists, and whether each of their blocks sees to that.
+  // Whether the blocks of the kernel for tiled weights find tiles, or anyone there: no lists.
   const bool block_tiles_, finds_tiles_;
   int tile_tokens_ = 0;
   bool lists_are_older_ = false;  // Lists::older, for the next kernel

@@ -57,7 +57,8 @@ struct NarrowShare {
   int expert, count, band, log_splits, split;
 };
 
-// kBlockTiles: each block finds tiles itself, from the ids; else they are listed, or each warp does.
+// kBlockTiles: each block finds tiles itself, from the ids; else they are listed, or each warp
+// does.
 template <typename Format, bool kBlockTiles>
 struct alignas(16) NarrowMemory {
   using Shape = TiledNarrowShape<Format>;
