@@ -78,7 +78,10 @@ def _load() -> tuple[Any, str | None]:
 def _load_cuda() -> tuple[Any, str | None]:
     """The module with the CUDA kernels, or None, and why GPUs cannot be used, or None."""
     if importlib.util.find_spec("jax_moe._cuda") is None:
-        return None, "jax_moe was built without CUDA kernels; build it with JAX_MOE_CUDA=ON."
+        return None, (
+            "jax_moe was built without CUDA kernels; build it with JAX_MOE_CUDA=ON, or compute on "
+            "the CPU under jax.default_device(jax.devices('cpu')[0])."
+        )
     try:
         from jax_moe import _cuda  # type: ignore[attr-defined]
     except ImportError as error:

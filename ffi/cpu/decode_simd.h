@@ -1,6 +1,6 @@
 // How a whole block is decoded, and what the AVX2 decoders in decode_simd_*.h are written with.
-// Those exist where the compiler's code for the portable decoder is slow, and give the same
-// integers, scales and offsets to the bit. A format without one runs the portable decoder.
+// Those give the same integers, scales and offsets as the portable ones to the bit; what of a format
+// is missing there, the portable decoder does.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,13 @@ struct Portable {
     EachUnit(block, q, std::make_integer_sequence<int, F::kBlock / 32>());
   }
   static JM_HD void Groups(const uint8_t* block, float* scale, float* offset) {
-    EachGroup(block, scale, offset, std::make_integer_sequence<int, F::kBlock / F::kGroup>());
+    // By way of arrays of its own, which the compiler knows not to be the block: what groups share
+    // is then loaded once.
+    constexpr int kGroups = F::kBlock / F::kGroup;
+    float s[kGroups], o[kGroups];
+    EachGroup(block, s, o, std::make_integer_sequence<int, kGroups>());
+    std::memcpy(scale, s, sizeof(s));
+    if constexpr (F::kHasOffset) std::memcpy(offset, o, sizeof(o));
   }
 
  private:
@@ -74,6 +80,12 @@ JM_HD void StoreScaled(float* out, __m256i integers, float factor) {
   _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(integers), _mm256_set1_ps(factor)));
 }
 
+// Scales of the sixteen groups of a block from bytes.
+JM_HD void StoreScaled16(float* out, __m128i bytes, float factor) {
+  StoreScaled(out, _mm256_cvtepi8_epi32(bytes), factor);
+  StoreScaled(out + 8, _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)), factor);
+}
+
 // The low nibbles of 16 bytes, then the high ones.
 JM_HD __m256i Nibbles(const uint8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -120,6 +132,19 @@ template <typename Function>
 JM_HD void EightTimes(Function f) {
 #pragma GCC unroll 8
   for (int unit = 0; unit < 8; ++unit) f(unit);
+}
+
+// The units of 64 bytes of bit pairs, each 32 bytes four units: f(unit, weights).
+template <typename Function>
+JM_HD void EachOfBitPairs(const uint8_t* pairs, Function f) {
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const __m256i four = LoadUnit(pairs + 32 * half);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      f(4 * half + i, _mm256_and_si256(_mm256_srli_epi16(four, 2 * i), Bytes(3)));
+    }
+  }
 }
 
 #endif  // __AVX2__

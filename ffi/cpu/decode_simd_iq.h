@@ -34,6 +34,11 @@ struct Decoder<IQ4_XS> : Portable<IQ4_XS> {
   }
 };
 
+// Scales (2 n + 1) * factor of eight integers n.
+JM_HD void StoreOddScales(float* out, __m256i n, float factor) {
+  StoreScaled(out, _mm256_add_epi32(_mm256_add_epi32(n, n), _mm256_set1_epi32(1)), factor);
+}
+
 // Sixteen scales d * (0.5 + nibble) / 4 from eight bytes.
 JM_HD void Iq2Groups(const uint8_t* nibbles, float d, float* scale) {
   const __m128i pairs =
@@ -59,6 +64,14 @@ struct Decoder<IQ2_XXS> : Portable<IQ2_XXS> {
       const uint32_t sevens = _pdep_u32(LoadU32(code + 4), 0x7f7f7f7f);
       StoreUnit(q + 32 * unit, WithSigns(v, CompleteSigns(sevens)));
     });
+  }
+  static JM_HD void Groups(const uint8_t* block, float* scale, float*) {
+    // The second word of every unit has the scale on top.
+    const __m256i seconds = _mm256_castps_si256(
+        _mm256_shuffle_ps(_mm256_castsi256_ps(LoadUnit(block + 2)),
+                          _mm256_castsi256_ps(LoadUnit(block + 34)), 0xdd));
+    const __m256i words = _mm256_permute4x64_epi64(seconds, 0xd8);
+    StoreOddScales(scale, _mm256_srli_epi32(words, 28), HalfToFloat(LoadU16(block)) * 0.125f);
   }
 };
 
@@ -106,6 +119,10 @@ struct Decoder<IQ3_XXS> : Portable<IQ3_XXS> {
       StoreUnit(q + 32 * unit, WithSigns(v, CompleteSigns(sevens)));
     });
   }
+  static JM_HD void Groups(const uint8_t* block, float* scale, float*) {
+    StoreOddScales(scale, _mm256_srli_epi32(LoadUnit(block + 66), 28),
+                   HalfToFloat(LoadU16(block)) * 0.25f);
+  }
 };
 
 template <>
@@ -121,6 +138,11 @@ struct Decoder<IQ3_S> : Portable<IQ3_S> {
                                           word(6), word(7));
       StoreUnit(q + 32 * unit, WithSigns(v, LoadU32(block + 74 + 4 * unit)));
     });
+  }
+  static JM_HD void Groups(const uint8_t* block, float* scale, float*) {
+    const uint64_t nibbles = _pdep_u64(LoadU32(block + 106), 0x0f0f0f0f0f0f0f0f);
+    StoreOddScales(scale, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(nibbles))),
+                   HalfToFloat(LoadU16(block)));
   }
 };
 
@@ -146,6 +168,12 @@ struct Decoder<IQ1_S> : Portable<IQ1_S> {
       StoreUnit(q + 32 * unit, Iq1Unit(index, Bytes(high >> 15 ? 9 : 7)));
     });
   }
+  static JM_HD void Groups(const uint8_t* block, float* scale, float*) {
+    const __m256i high = _mm256_cvtepu16_epi32(
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(block + 34)));
+    const __m256i three = _mm256_and_si256(_mm256_srli_epi32(high, 12), _mm256_set1_epi32(7));
+    StoreOddScales(scale, three, HalfToFloat(LoadU16(block)) * 0.125f);
+  }
 };
 
 template <>
@@ -162,6 +190,17 @@ struct Decoder<IQ1_M> : Portable<IQ1_M> {
       const __m256i less = _mm256_xor_si256(_mm256_and_si256(set, Bytes(9 ^ 7)), Bytes(7));
       StoreUnit(q + 32 * unit, Iq1Unit(index, less));
     });
+  }
+  static JM_HD void Groups(const uint8_t* block, float* scale, float*) {
+    const uint64_t words = LoadU64(block + 48);
+    const uint32_t d = static_cast<uint32_t>(_pext_u64(words, 0xf000f000f000f000));
+    const auto odd = [](uint32_t two) __attribute__((always_inline)) {
+      const uint32_t fields = _pext_u32(two, 0x0fff0fff);
+      return static_cast<int64_t>(_pdep_u64(fields, 0x0e0e0e0e0e0e0e0e) | 0x0101010101010101);
+    };
+    const __m128i bytes = _mm_set_epi64x(odd(static_cast<uint32_t>(words >> 32)),
+                                         odd(static_cast<uint32_t>(words)));
+    StoreScaled16(scale, bytes, HalfToFloat(d) * 0.125f);
   }
 };
 

@@ -1,4 +1,4 @@
-// AVX2 decoders of the K-quants. Units that are missing here compile well as they are.
+// AVX2 decoders of the K-quants.
 #pragma once
 
 #include "ffi/cpu/decode_simd.h"
@@ -8,14 +8,13 @@ namespace {
 
 #if defined(__AVX2__)
 
-// Scales of the sixteen groups of a block from bytes.
-JM_HD void StoreScaled16(float* out, __m128i bytes, float factor) {
-  StoreScaled(out, _mm256_cvtepi8_epi32(bytes), factor);
-  StoreScaled(out + 8, _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)), factor);
-}
-
 template <>
 struct Decoder<Q2_K> : Portable<Q2_K> {
+  static JM_HD void Units(const uint8_t* block, int8_t* q) {
+    EachOfBitPairs(block + 16, [&](int unit, __m256i v) __attribute__((always_inline)) {
+      StoreUnit(q + 32 * unit, v);
+    });
+  }
   static JM_HD void Groups(const uint8_t* block, float* scale, float* offset) {
     const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block));
     const __m128i mask = _mm_set1_epi8(15);
@@ -29,17 +28,11 @@ template <>
 struct Decoder<Q3_K> : Portable<Q3_K> {
   static JM_HD void Units(const uint8_t* block, int8_t* q) {
     const __m256i thirds = LoadUnit(block);
-    for (int half = 0; half < 2; ++half) {
-      const __m256i pairs = LoadUnit(block + 32 + 32 * half);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const int unit = 4 * half + i;
-        // Four less where the third bit is clear.
-        const __m256i clear = _mm256_andnot_si256(_mm256_srli_epi16(thirds, unit), Bytes(1));
-        const __m256i low = _mm256_and_si256(_mm256_srli_epi16(pairs, 2 * i), Bytes(3));
-        StoreUnit(q + 32 * unit, _mm256_sub_epi8(low, _mm256_slli_epi16(clear, 2)));
-      }
-    }
+    EachOfBitPairs(block + 32, [&](int unit, __m256i low) __attribute__((always_inline)) {
+      // Four less where the third bit is clear.
+      const __m256i clear = _mm256_andnot_si256(_mm256_srli_epi16(thirds, unit), Bytes(1));
+      StoreUnit(q + 32 * unit, _mm256_sub_epi8(low, _mm256_slli_epi16(clear, 2)));
+    });
   }
   static JM_HD void Groups(const uint8_t* block, float* scale, float*) {
     const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(block + 96));
@@ -78,8 +71,24 @@ JM_HD void StoreSixBitGroups(const uint8_t* block, float* scale, float* offset) 
   _mm256_storeu_ps(offset, o);
 }
 
+// Eight units of nibbles, each 32 bytes two of them: f(unit, weights).
+template <typename Function>
+JM_HD void EachOfNibbles(const uint8_t* nibbles, Function f) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m256i two = LoadUnit(nibbles + 32 * i);
+    f(2 * i, _mm256_and_si256(two, Bytes(15)));
+    f(2 * i + 1, _mm256_and_si256(_mm256_srli_epi16(two, 4), Bytes(15)));
+  }
+}
+
 template <>
 struct Decoder<Q4_K> : Portable<Q4_K> {
+  static JM_HD void Units(const uint8_t* block, int8_t* q) {
+    EachOfNibbles(block + 16, [&](int unit, __m256i v) __attribute__((always_inline)) {
+      StoreUnit(q + 32 * unit, v);
+    });
+  }
   static JM_HD void Groups(const uint8_t* block, float* scale, float* offset) {
     StoreSixBitGroups(block, scale, offset);
   }
@@ -87,6 +96,15 @@ struct Decoder<Q4_K> : Portable<Q4_K> {
 
 template <>
 struct Decoder<Q5_K> : Portable<Q5_K> {
+  static JM_HD void Units(const uint8_t* block, int8_t* q) {
+    const __m256i fifths = LoadUnit(block + 16);
+    EachOfNibbles(block + 48, [&](int unit, __m256i low) __attribute__((always_inline)) {
+      // Bit `unit` of every byte at bit 4.
+      const __m256i moved = unit < 4 ? _mm256_slli_epi16(fifths, 4 - unit)
+                                     : _mm256_srli_epi16(fifths, unit - 4);
+      StoreUnit(q + 32 * unit, _mm256_or_si256(low, _mm256_and_si256(moved, Bytes(16))));
+    });
+  }
   static JM_HD void Groups(const uint8_t* block, float* scale, float* offset) {
     StoreSixBitGroups(block, scale, offset);
   }

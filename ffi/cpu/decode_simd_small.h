@@ -37,6 +37,11 @@ struct Decoder<Q5_1> : Portable<Q5_1> {
 };
 
 template <>
+struct Decoder<Q8_0> : Portable<Q8_0> {
+  static JM_HD void Units(const uint8_t* block, int8_t* q) { StoreUnit(q, LoadUnit(block + 2)); }
+};
+
+template <>
 struct Decoder<MXFP4> : Portable<MXFP4> {
   static JM_HD void Units(const uint8_t* block, int8_t* q) {
     StoreUnit(q, Lookup(DoubledE2M1().word, Nibbles(block + 1)));
@@ -75,16 +80,25 @@ struct Decoder<Q1_0> : Portable<Q1_0> {
 };
 
 template <>
+struct Decoder<Q2_0> : Portable<Q2_0> {
+  static JM_HD void Units(const uint8_t* block, int8_t* q) {
+    for (int unit = 0; unit < 2; ++unit) {
+      // A byte a word: bit pair n to its byte n.
+      const __m256i four = _mm256_cvtepu8_epi32(
+          _mm_loadl_epi64(reinterpret_cast<const __m128i*>(block + 2 + 8 * unit)));
+      const __m256i two = _mm256_or_si256(four, _mm256_slli_epi32(four, 12));
+      const __m256i spread = _mm256_or_si256(two, _mm256_slli_epi32(two, 6));
+      StoreUnit(q + 32 * unit, _mm256_sub_epi8(_mm256_and_si256(spread, Bytes(3)), Bytes(1)));
+    }
+  }
+};
+
+template <>
 struct Decoder<TQ2_0> : Portable<TQ2_0> {
   static JM_HD void Units(const uint8_t* block, int8_t* q) {
-    for (int half = 0; half < 2; ++half) {
-      const __m256i pairs = LoadUnit(block + 32 * half);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const __m256i two = _mm256_and_si256(_mm256_srli_epi16(pairs, 2 * i), Bytes(3));
-        StoreUnit(q + 128 * half + 32 * i, _mm256_sub_epi8(two, Bytes(1)));
-      }
-    }
+    EachOfBitPairs(block, [&](int unit, __m256i v) __attribute__((always_inline)) {
+      StoreUnit(q + 32 * unit, _mm256_sub_epi8(v, Bytes(1)));
+    });
   }
   static JM_HD void Groups(const uint8_t* block, float* scale, float*) {
     _mm256_storeu_ps(scale, _mm256_set1_ps(HalfToFloat(LoadU16(block + 64))));

@@ -2,24 +2,13 @@
 #pragma once
 
 #include "ffi/cpu/kernels.h"
+#include "ffi/cpu/multiply_quantized_avx2.h"
 #include "ffi/cpu/multiply_quantized_avx512.h"
-#include "ffi/cpu/simd.h"
 
 namespace jax_moe::cpu {
 namespace {
 
-#if !defined(__AVX512VNNI__)
-
-// The products of 32 weights with 32 activations, summed by fours: exact.
-#if defined(__AVX2__)
-JM_HD Vec Dot32(const int8_t* w, const int8_t* x) {
-  const __m256i wv = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-  const __m256i xv = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-  // |w| <= 128 and |x| <= 127: two products fit 16 bits.
-  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(wv), _mm256_sign_epi8(xv, wv));
-  return Vec(_mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1))));
-}
-#endif
+#if !defined(__AVX2__)
 
 template <int kGroup, bool kOffset, int kRows, int kTokens>
 void QuantizedTile(const MultiplyArgs& args, int first_row, int first_token) {
@@ -33,12 +22,7 @@ void QuantizedTile(const MultiplyArgs& args, int first_row, int first_token) {
     d[t] = row.d + args.begin / 32;
     group_sum[t] = kGroup == 16 ? row.sum16 + args.begin / 16 : row.sum32 + args.begin / 32;
   }
-#if defined(__AVX2__)
-  Vec sum[kRows][kTokens] = {};
-#else
-  float sum[kRows][kTokens] = {};
-#endif
-  float offset_sum[kRows][kTokens] = {};
+  float sum[kRows][kTokens] = {}, offset_sum[kRows][kTokens] = {};
   for (int u = 0; u < args.count / 32; ++u) {
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
@@ -47,18 +31,12 @@ void QuantizedTile(const MultiplyArgs& args, int first_row, int first_token) {
       const float* offset = panel.offset[first_row + r] + kHalves * u;
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {
-        const float low = scale[0] * d[t][u];
-        const float high = scale[kHalves - 1] * d[t][u];
-#if defined(__AVX2__)
-        sum[r][t] += Dot32(q, xq[t] + 32 * u) *
-                     Vec(_mm256_set_m128(_mm_set1_ps(high), _mm_set1_ps(low)));
-#else
         int dot[2] = {};
         for (int h = 0; h < 2; ++h) {
           for (int i = 16 * h; i < 16 * h + 16; ++i) dot[h] += q[i] * xq[t][32 * u + i];
         }
+        const float low = scale[0] * d[t][u], high = scale[kHalves - 1] * d[t][u];
         sum[r][t] += low * static_cast<float>(dot[0]) + high * static_cast<float>(dot[1]);
-#endif
         if constexpr (kOffset) {
           for (int h = 0; h < kHalves; ++h) {
             offset_sum[r][t] += offset[h] * group_sum[t][kHalves * u + h];
@@ -67,19 +45,13 @@ void QuantizedTile(const MultiplyArgs& args, int first_row, int first_token) {
       }
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    for (int t = 0; t < kTokens; ++t) {
-#if defined(__AVX2__)
-      const float total = Sum(sum[r][t]);
-#else
-      const float total = sum[r][t];
-#endif
-      args.sums[(first_token + t) * kPanelRows + first_row + r] += total + offset_sum[r][t];
-    }
+  for (int t = 0; t < kTokens; ++t) {
+    float* sums = args.sums + (first_token + t) * kPanelRows + first_row;
+    for (int r = 0; r < kRows; ++r) sums[r] += sum[r][t] + offset_sum[r][t];
   }
 }
 
-#endif  // !__AVX512VNNI__
+#endif  // !__AVX2__
 
 template <int kGroup, bool kOffset>
 void MultiplyQuantizedGroups(const MultiplyArgs& args) {
