@@ -5,15 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 
 import jax_moe
-from jax_moe import MoEVariant, _ffi
-from jax_moe._formats import as_format
+from jax_moe import MoEVariant, _ffi, _libggml
 
 SETS = ("baseline", "avx2", "avx512")
 TOKENS = (1, 2, 3, 7)  # of each expert
@@ -21,17 +19,11 @@ ROWS, WIDTH = 5, 2304  # a tile of 4 rows and more, a chunk of 2048 columns and 
 
 
 def packed(name, width):
-    """As oracle.packed, but of random blocks of moderate magnitude: ggml's quantisers take longer.
-
-    The decoders behind jax_moe_dequantize are the portable ones on every instruction set.
-    """
-    format = as_format(name)
+    """As oracle.packed, but of random blocks of moderate magnitude: quantisers take longer."""
+    format = oracle.as_format(name)
     rng = np.random.default_rng(1)
     blocks = rng.integers(0, 256, (4096, format.block_bytes), np.uint8)
-    call = jax.ffi.ffi_call(
-        "jax_moe_dequantize", jax.ShapeDtypeStruct((4096, format.block_size), np.float32)
-    )
-    values = np.asarray(call(jnp.asarray(blocks), format=np.int32(format.ggml_type)), np.float64)
+    values = _libggml.dequantize(format.ggml_type, blocks).astype(np.float64)
     largest = np.abs(values).max(axis=1)
     (moderate,) = np.nonzero((largest > 0.1) & (largest < 10))
     shape = len(TOKENS), ROWS, width // format.block_size

@@ -45,13 +45,8 @@ JM_HD void Iq2Groups(const uint8_t* nibbles, float d, float* scale) {
       _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(nibbles)));
   const __m128i bytes =
       _mm_and_si128(_mm_or_si128(pairs, _mm_slli_epi16(pairs, 4)), _mm_set1_epi8(15));
-  for (int half = 0; half < 2; ++half) {
-    const __m128i part = half == 0 ? bytes : _mm_srli_si128(bytes, 8);
-    const __m256 s = _mm256_add_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(part)),
-                                   _mm256_set1_ps(0.5f));
-    _mm256_storeu_ps(scale + 8 * half,
-                     _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(d), s), _mm256_set1_ps(0.25f)));
-  }
+  const __m128i odd = _mm_add_epi8(_mm_add_epi8(bytes, bytes), _mm_set1_epi8(1));
+  StoreScaled16(scale, odd, d * 0.125f);
 }
 
 template <>

@@ -4,6 +4,7 @@
 #include "ffi/cpu/kernels.h"
 #include "ffi/cpu/multiply_quantized_avx2.h"
 #include "ffi/cpu/multiply_quantized_avx512.h"
+#include "ffi/cpu/rows.h"
 
 namespace jax_moe::cpu {
 namespace {
@@ -14,14 +15,7 @@ template <int kGroup, bool kOffset, int kRows, int kTokens>
 void QuantizedTile(const MultiplyArgs& args, int first_row, int first_token) {
   const Panel& panel = *args.panel;
   constexpr int kHalves = 32 / kGroup;
-  const int8_t* xq[kTokens];
-  const float *d[kTokens], *group_sum[kTokens];
-  for (int t = 0; t < kTokens; ++t) {
-    const QuantizedRow row(args.x[first_token + t], args.k);
-    xq[t] = row.q + args.begin;
-    d[t] = row.d + args.begin / 32;
-    group_sum[t] = kGroup == 16 ? row.sum16 + args.begin / 16 : row.sum32 + args.begin / 32;
-  }
+  const QuantizedColumns<kGroup, kTokens> x(args, first_token);
   float sum[kRows][kTokens] = {}, offset_sum[kRows][kTokens] = {};
   for (int u = 0; u < args.count / 32; ++u) {
 #pragma GCC unroll 4
@@ -33,13 +27,13 @@ void QuantizedTile(const MultiplyArgs& args, int first_row, int first_token) {
       for (int t = 0; t < kTokens; ++t) {
         int dot[2] = {};
         for (int h = 0; h < 2; ++h) {
-          for (int i = 16 * h; i < 16 * h + 16; ++i) dot[h] += q[i] * xq[t][32 * u + i];
+          for (int i = 16 * h; i < 16 * h + 16; ++i) dot[h] += q[i] * x.q[t][32 * u + i];
         }
-        const float low = scale[0] * d[t][u], high = scale[kHalves - 1] * d[t][u];
+        const float low = scale[0] * x.d[t][u], high = scale[kHalves - 1] * x.d[t][u];
         sum[r][t] += low * static_cast<float>(dot[0]) + high * static_cast<float>(dot[1]);
         if constexpr (kOffset) {
           for (int h = 0; h < kHalves; ++h) {
-            offset_sum[r][t] += offset[h] * group_sum[t][kHalves * u + h];
+            offset_sum[r][t] += offset[h] * x.sum[t][kHalves * u + h];
           }
         }
       }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ffi/cpu/kernels.h"
+#include "ffi/cpu/rows.h"
 #include "ffi/cpu/simd.h"
 
 namespace jax_moe::cpu {
@@ -39,14 +40,7 @@ template <int kGroup, bool kOffset, int kRows, int kTokens>
 void QuantizedTile(const MultiplyArgs& args, int first_row, int first_token) {
   const Panel& panel = *args.panel;
   constexpr int kScales = 256 / kGroup;
-  const int8_t* xq[kTokens];
-  const float *d[kTokens], *group_sum[kTokens];
-  for (int t = 0; t < kTokens; ++t) {
-    const QuantizedRow row(args.x[first_token + t], args.k);
-    xq[t] = row.q + args.begin;
-    d[t] = row.d + args.begin / 32;
-    group_sum[t] = kGroup == 16 ? row.sum16 + args.begin / 16 : row.sum32 + args.begin / 32;
-  }
+  const QuantizedColumns<kGroup, kTokens> x(args, first_token);
   __m256 sum[kRows][kTokens], offset_sum[kRows][kTokens];
   for (int r = 0; r < kRows; ++r) {
     for (int t = 0; t < kTokens; ++t) sum[r][t] = offset_sum[r][t] = _mm256_setzero_ps();
@@ -57,8 +51,8 @@ void QuantizedTile(const MultiplyArgs& args, int first_row, int first_token) {
     for (int g = 0; g < kScales; g += 8) {
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {
-        const __m256 dt = LoadActivationScales<kGroup>(d[t] + i / 32, g / 8);
-        const __m256 sums = _mm256_loadu_ps(group_sum[t] + i / kGroup + g);
+        const __m256 dt = LoadActivationScales<kGroup>(x.d[t] + i / 32, g / 8);
+        const __m256 sums = _mm256_loadu_ps(x.sum[t] + i / kGroup + g);
 #pragma GCC unroll 4
         for (int r = 0; r < kRows; ++r) {
           const int at = i / kGroup + g;
@@ -71,12 +65,11 @@ void QuantizedTile(const MultiplyArgs& args, int first_row, int first_token) {
         }
       }
     }
-#pragma GCC unroll 8
-    for (int u = 0; u < 8; ++u) {
-      __m256i x[kTokens];
+    const auto unit = [&](int u) __attribute__((always_inline)) {
+      __m256i xs[kTokens];
 #pragma GCC unroll 4
       for (int t = 0; t < kTokens; ++t) {
-        x[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(xq[t] + i + 32 * u));
+        xs[t] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.q[t] + i + 32 * u));
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
@@ -84,10 +77,16 @@ void QuantizedTile(const MultiplyArgs& args, int first_row, int first_token) {
             reinterpret_cast<const __m256i*>(panel.q[first_row + r] + i + 32 * u));
 #pragma GCC unroll 4
         for (int t = 0; t < kTokens; ++t) {
-          sum[r][t] = _mm256_fmadd_ps(Dot32(w, x[t]), ScalesOfUnit<kGroup>(scaled[r][t], u),
+          sum[r][t] = _mm256_fmadd_ps(Dot32(w, xs[t]), ScalesOfUnit<kGroup>(scaled[r][t], u),
                                       sum[r][t]);
         }
       }
+    };
+    if (args.count - i >= 256) {
+#pragma GCC unroll 8
+      for (int u = 0; u < 8; ++u) unit(u);
+    } else {
+      for (int u = 0; u < (args.count - i) / 32; ++u) unit(u);
     }
   }
   for (int t = 0; t < kTokens; ++t) {

@@ -24,6 +24,22 @@ JM_HD uint32_t MagnitudeBits(float f) { return FloatToBits(f) & 0x7fffffffu; }
 
 constexpr uint32_t kInfinityBits = 0x7f800000u;
 
+// What products with groups of kGroup weights take of kTokens q8_1 rows, from args.begin on.
+template <int kGroup, int kTokens>
+struct QuantizedColumns {
+  const int8_t* q[kTokens];
+  const float *d[kTokens], *sum[kTokens];  // sum: of each group of kGroup
+
+  JM_HD QuantizedColumns(const MultiplyArgs& args, int first_token) {
+    for (int t = 0; t < kTokens; ++t) {
+      const QuantizedRow row(args.x[first_token + t], args.k);
+      q[t] = row.q + args.begin;
+      d[t] = row.d + args.begin / 32;
+      sum[t] = kGroup == 16 ? row.sum16 + args.begin / 16 : row.sum32 + args.begin / 32;
+    }
+  }
+};
+
 // One group of 32 values to q8_1. A group that is not finite gets a NaN scale, so that it shows in
 // every product.
 JM_HD void QuantizeGroup(const float (&v)[32], const QuantizedRow& out, int64_t group) {
