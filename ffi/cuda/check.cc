@@ -48,13 +48,15 @@ bool CentresFields(Element x, Element y, Variant variant) {
   return variant != Variant::kScalarGguf && x != Element::kBF16 && y != Element::kBF16;
 }
 
-const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile tile, bool centred) {
+const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile tile, bool centred,
+                                     bool block_tiles) {
   const TiledKernels& kernels = *FindTiledKernels(weight.format, centred);
-  if (tile == plan::CudaTiledTile::kNarrow) return kernels.narrow;
+  if (tile == plan::CudaTiledTile::kNarrow) return kernels.narrow[block_tiles ? 1 : 0];
   return kernels.wide[static_cast<int>(tile) - 1];
 }
 
-Lists FewLists(const int32_t* expert_ids, const int32_t* entries, int64_t pairs, int32_t experts) {
+Lists ListsOfIds(const int32_t* expert_ids, const int32_t* entries, int64_t pairs,
+                 int32_t experts) {
   return {nullptr, nullptr, nullptr, pairs, pairs, expert_ids, entries, experts};
 }
 

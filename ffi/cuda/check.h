@@ -45,11 +45,13 @@ Layout ChooseHiddenLayout(const Weight& down, Element x_type, Variant variant, p
 // bfloat16's rounding, and it takes up to a tenth more time.
 bool CentresFields(Element x, Element y, Variant variant);
 
-// The kernel for a product with a tiled weight.
-const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile tile, bool centred);
+// The kernel for a product with a tiled weight. block_tiles: plan::FindsCudaBlockTiles.
+const TiledKernel& ChooseTiledKernel(const Weight& weight, plan::CudaTiledTile tile, bool centred,
+                                     bool block_tiles = false);
 
-// The lists of kernels that find tiles themselves (plan::FindsCudaTiles).
-Lists FewLists(const int32_t* expert_ids, const int32_t* entries, int64_t pairs, int32_t experts);
+// The lists of kernels that find tiles themselves (plan::FindsCudaTiles, FindsCudaBlockTiles).
+Lists ListsOfIds(const int32_t* expert_ids, const int32_t* entries, int64_t pairs,
+                 int32_t experts);
 
 // How the activations of a tiled weight are prepared.
 Layout TiledLayout(plan::CudaTiledTile tile);

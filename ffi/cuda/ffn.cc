@@ -105,7 +105,11 @@ cudaError_t RunLayer(const Ffn& ffn, const PreparedRows& h, cudaStream_t stream)
 // One product of the pairs with one or two weight matrices of one format; y is [pairs, y_pitch].
 class Products {
  public:
-  Products(const Ffn& ffn, cudaStream_t stream) : ffn_(ffn), stream_(stream) {}
+  Products(const Ffn& ffn, cudaStream_t stream)
+      : ffn_(ffn),
+        stream_(stream),
+        block_tiles_(plan::FindsCudaBlockTiles(ffn.pairs, ffn.experts, ffn.TiledTile())),
+        finds_tiles_(block_tiles_ || plan::FindsCudaTiles(ffn.pairs, ffn.TiledTile())) {}
 
   cudaError_t Run(const Weight& weight, const Weight* second, const PreparedRows& x,
                   int32_t pairs_a_row, float* y, int64_t y_pitch) {
@@ -152,19 +156,12 @@ class Products {
 
   // x prepared and ActivatedOf.
   cudaError_t RunActivated(const Weight& up, const PreparedRows& x, const PreparedRows& h) {
-    const TiledKernel& kernel = ChooseTiledKernel(up, ffn_.TiledTile(), ffn_.Centred());
-    Lists lists = {};
-    cudaError_t status;
-    if (plan::FindsCudaTiles(ffn_.pairs, ffn_.TiledTile())) {
-      lists = FewLists(ffn_.expert_ids, nullptr, ffn_.pairs, ffn_.experts);
-      status = LaunchPrepare(ffn_.x, ffn_.type, x, stream_);
-    } else {
-      status = SortAndPrepare(kernel.tile_tokens, x);
-      lists = CurrentLists();
-    }
+    const TiledKernel& kernel = KernelFor(up);
+    const cudaError_t status = finds_tiles_ ? LaunchPrepare(ffn_.x, ffn_.type, x, stream_)
+                                            : SortAndPrepare(kernel.tile_tokens, x);
     if (status != cudaSuccess) return status;
     lists_are_older_ = ffn_.TiledTile() == plan::CudaTiledTile::kNarrow;
-    return LaunchTiled(kernel, ActivatedOf(ffn_, ViewPrepared(x), lists, h), stream_);
+    return LaunchTiled(kernel, ActivatedOf(ffn_, ViewPrepared(x), TiledLists(), h), stream_);
   }
 
   // The same of dense gate and up, for a down projection of any kind.
@@ -214,13 +211,21 @@ class Products {
             plan::LikelyCudaTiles(ffn_.pairs, ffn_.experts, tile_tokens_)};
   }
 
+  const TiledKernel& KernelFor(const Weight& tiled) const {
+    return ChooseTiledKernel(tiled, ffn_.TiledTile(), ffn_.Centred(), block_tiles_);
+  }
+  Lists TiledLists() const {
+    return finds_tiles_ ? ListsOfIds(ffn_.expert_ids, nullptr, ffn_.pairs, ffn_.experts)
+                        : CurrentLists();
+  }
+
   // y: float32, or float16 that y_scales undo the scaling of.
   cudaError_t RunTiled(const Weight& weight, const PreparedRows& x, int32_t pairs_a_row, void* y,
                        int64_t y_pitch, float* y_scales = nullptr) {
-    const TiledKernel& kernel = ChooseTiledKernel(weight, ffn_.TiledTile(), ffn_.Centred());
-    const cudaError_t status = UseTiles(kernel.tile_tokens);
+    const TiledKernel& kernel = KernelFor(weight);
+    const cudaError_t status = finds_tiles_ ? cudaSuccess : UseTiles(kernel.tile_tokens);
     if (status != cudaSuccess) return status;
-    TiledArgs args = TiledProduct(weight, ViewPrepared(x), pairs_a_row, CurrentLists());
+    TiledArgs args = TiledProduct(weight, ViewPrepared(x), pairs_a_row, TiledLists());
     args.y = y;
     args.y_pitch = y_pitch;
     args.y_type = y_scales == nullptr ? Element::kF32 : Element::kF16;
@@ -246,6 +251,8 @@ class Products {
 
   const Ffn& ffn_;
   cudaStream_t stream_;
+  // Whether the blocks of the kernel for tiled weights find tiles, or anyone there: no lists.
+  const bool block_tiles_, finds_tiles_;
   int tile_tokens_ = 0;
   bool lists_are_older_ = false;  // Lists::older, for the next kernel
 };

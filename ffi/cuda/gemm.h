@@ -34,8 +34,8 @@ struct Lists {
   const TokenTile* tiles;
   const int32_t* num_tiles;
   int64_t max_tiles, likely_tiles;
-  // Tiled narrow kernels, up to kFewPairs: the ids in place of the above, max_tiles of them, and the
-  // pairs that they are of (null: each pair's own id).
+  // Tiled narrow kernels that find tiles themselves: the ids in place of the above, max_tiles of them,
+  // and, up to kFewPairs, the pairs that they are of (null: each pair's own id).
   const int32_t* expert_ids = nullptr;
   const int32_t* entries = nullptr;
   int32_t experts = 0;

@@ -91,7 +91,7 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
     if (status == cudaSuccess) status = LaunchPrepare(call.x, x_type, prepared, stream);
   }
   if (status != cudaSuccess) return CudaError(kOp, status);
-  const Lists lists = few ? FewLists(call.flat_expert_ids, call.sorted_token_ids, pairs, experts)
+  const Lists lists = few ? ListsOfIds(call.flat_expert_ids, call.sorted_token_ids, pairs, experts)
                           : Lists{ints(layout.pairs), tiles, ints(layout.num_tiles),
                                   MaxTiles(pairs, weight.experts, tile_tokens, dense_wide),
                                   plan::LikelyCudaTiles(pairs, weight.experts, tile_tokens)};

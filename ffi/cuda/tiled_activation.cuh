@@ -56,6 +56,14 @@ __device__ __forceinline__ void WithActivation(Activation activation, F f) {
 struct RowFinish {
   float factor[2], bias[2];
 
+  // Else sums remain as they are.
+  template <typename Args>
+  static __device__ __forceinline__ bool IsWanted(const Args& args) {
+    const Projection(&p)[2] = args.projection;
+    return p[0].scale != nullptr || p[0].bias != nullptr || p[1].scale != nullptr ||
+           p[1].bias != nullptr;
+  }
+
   template <typename Args>
   __device__ __forceinline__ RowFinish(const Args& args, int expert, int row) {
 #pragma unroll

@@ -119,9 +119,14 @@ class DownWarp {
     const TiledMatrix& matrix = args_.matrix;
     const int at = fetch_step_ * Shape::kStageBytes;
     const bool first = fetch_left_ == left_ || fetch_step_ == 0;
-    ring_.Fetch(matrix.data + expert * matrix.expert_bytes + row0_ * args_.row_bytes + at,
-                min(Shape::kStageBytes, band_bytes_ - at),
-                first ? matrix.aux + (expert * matrix.expert_rows + row0_) * 2 : nullptr);
+    const uint8_t* from =
+        matrix.data + expert * matrix.expert_bytes + row0_ * args_.row_bytes + at;
+    const int bytes = min(Shape::kStageBytes, band_bytes_ - at);
+    if (first) {
+      ring_.Fetch(from, bytes, matrix.aux + (expert * matrix.expert_rows + row0_) * 2);
+    } else {
+      ring_.Fetch(from, bytes);
+    }
     --fetch_left_;
     if (++fetch_step_ == tile_steps_) {
       fetch_step_ = 0;

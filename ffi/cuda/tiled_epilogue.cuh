@@ -11,7 +11,7 @@
 namespace jax_moe::cuda {
 
 // Where column c of 128 stands in a chunk of prepared activations.
-__device__ __forceinline__ int NarrowPlace(int c) {
+__device__ __forceinline__ int NarrowPlace(unsigned c) {
   return c % 32 / 8 * 32 + c / 32 * 8 + c % 8;
 }
 __device__ __forceinline__ int WidePlace(int c) {

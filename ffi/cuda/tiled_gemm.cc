@@ -128,7 +128,10 @@ cudaError_t ConfigureTiled(const TiledKernels& kernels, bool hopper) {
     return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 kernel.shared_bytes);
   };
-  cudaError_t status = configure(kernels.narrow);
+  cudaError_t status = cudaSuccess;
+  for (const TiledKernel& kernel : kernels.narrow) {
+    if (status == cudaSuccess) status = configure(kernel);
+  }
   if (status == cudaSuccess) status = configure(kernels.down);
   for (const TiledKernel& kernel : kernels.wide) {
     if (status == cudaSuccess && hopper) status = configure(kernel);

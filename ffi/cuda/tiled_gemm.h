@@ -104,7 +104,7 @@ struct TiledFewArgs {
 };
 
 struct TiledKernels {
-  TiledKernel narrow;   // 8 tokens, kF16Narrow
+  TiledKernel narrow[2];  // 8 tokens, kF16Narrow; the second one: plan::FindsCudaBlockTiles
   TiledKernel wide[4];  // 32, 64, 96 and 128 tokens, kF16Wide; Hopper only
   TiledKernel down;     // takes TiledDownArgs; threads and memory are the most of a block
   int down_warp_bytes;  // of shared memory, a warp

@@ -43,6 +43,20 @@ TiledKernel DescribeTiledWide() {
   }
 }
 
+template <typename Format, bool kBlockTiles>
+TiledKernel DescribeTiledNarrow() {
+  using Shape = TiledNarrowShape<Format>;
+  return {reinterpret_cast<const void*>(&TiledNarrow<Format, kBlockTiles>),
+          32 * Shape::kWarps,
+          Shape::kTokens,
+          Shape::kRows,
+          sizeof(NarrowMemory<Format, kBlockTiles>),
+          /*pads_rows=*/false,
+          Shape::kBlocks,
+          /*places=*/0,
+          /*most_splits=*/1};
+}
+
 template <typename Format>
 const void* FewOf() {
   if constexpr (kIsCentred<Format>) {
@@ -57,9 +71,7 @@ const TiledKernels& Tiled() {
   using Narrow = TiledNarrowShape<Format>;
   using Down = TiledDownShape<Format>;
   static const TiledKernels kernels = {
-      {reinterpret_cast<const void*>(&TiledNarrow<Format>), 32 * Narrow::kWarps, Narrow::kTokens,
-       Narrow::kRows, sizeof(NarrowMemory<Format>), /*pads_rows=*/false, Narrow::kBlocks,
-       /*places=*/0, /*most_splits=*/1},
+      {DescribeTiledNarrow<Format, false>(), DescribeTiledNarrow<Format, true>()},
       {DescribeTiledPanels<Format, 32>(), DescribeTiledPanels<Format, 64>(),
        DescribeTiledPanels<Format, 96>(), DescribeTiledWide<Format>()},
       {reinterpret_cast<const void*>(&TiledDown<Format>), 32 * kMostDownWarps, Narrow::kTokens,

@@ -55,9 +55,8 @@ class WarpRing {
 #endif
   }
 
-  // bytes: a multiple of 16. aux: of the band's rows, null where they are not wanted.
+  // bytes: a multiple of 16. aux: of the band's rows.
   __device__ __forceinline__ void Fetch(const uint8_t* from, int bytes, const float* aux) {
-    if (aux == nullptr) return Fetch(from, bytes);
     Stage& stage = At(fetched_);
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     if (ElectLane()) {

@@ -123,6 +123,11 @@ bool FindsCudaTiles(int64_t pairs, CudaTiledTile tile) {
   return pairs <= kCudaFewPairs && tile == CudaTiledTile::kNarrow;
 }
 
+bool FindsCudaBlockTiles(int64_t pairs, int64_t experts, CudaTiledTile tile) {
+  return pairs > kCudaFewPairs && pairs <= kCudaBlockPairs && experts <= kCudaBlockExperts &&
+         tile == CudaTiledTile::kNarrow;
+}
+
 bool UsesCudaDenseWide(int format, int64_t k, int64_t pairs, int64_t experts, bool hopper) {
   return hopper && (format == kF16 || format == kBF16) && k > 0 && k % 8 == 0 && pairs > 6 * experts;
 }

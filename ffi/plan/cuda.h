@@ -38,6 +38,10 @@ inline constexpr int64_t kCudaFewPairs = 32;
 // without a sort before them.
 bool FindsCudaTiles(int64_t pairs, CudaTiledTile tile);
 
+// Whether, in a layer of more pairs, each of their blocks finds them.
+inline constexpr int64_t kCudaBlockPairs = 512, kCudaBlockExperts = 2048;
+bool FindsCudaBlockTiles(int64_t pairs, int64_t experts, CudaTiledTile tile);
+
 // How many of an expert's panels of weight rows a block of these kernels goes through: several where they
 // have few columns, but not so many that the device's places for blocks are filled unevenly. tiles: at
 // most.
