@@ -4,16 +4,6 @@
 #include "ffi/cuda/packed_formats.h"
 
 namespace jax_moe::cuda {
-namespace {
-
-int SharedMemoryLimit() {
-  int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  return bytes;
-}
-
-}  // namespace
 
 ffi::Error Invalid(const std::string& op, const std::string& what) {
   return ffi::Error::InvalidArgument(op + ": " + what);
@@ -141,28 +131,6 @@ GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile
   return tile == plan::CudaTile::kWide     ? kernels.wide
          : tile == plan::CudaTile::kMedium ? kernels.medium
                                            : kernels.narrow;
-}
-
-cudaError_t ConfigureFormat(int format) {
-  if (format >= 0 && (format & kTiledFormat) != 0) {
-    const TiledKernels* kernels = FindTiledKernels(format & ~kTiledFormat, false);
-    const TiledKernels* centred = FindTiledKernels(format & ~kTiledFormat, true);
-    if (kernels == nullptr) return cudaSuccess;
-    const cudaError_t error = ConfigureTiled(*kernels, IsHopper());
-    if (error != cudaSuccess || centred == kernels) return error;
-    return ConfigureTiled(*centred, IsHopper());
-  }
-  const PackedFormat* packed = FindPackedFormat(format);
-  if (packed == nullptr) return format >= 0 && HasDenseWide() ? ConfigureDenseWide() : cudaSuccess;
-  const PackedKernels& kernels = packed->kernels;
-  const int limit = SharedMemoryLimit();
-  for (const GemmKernel* kernel :
-       {&kernels.narrow, &kernels.narrow_s8, &kernels.medium, &kernels.wide}) {
-    if (kernel->shared_bytes > limit) continue;
-    const cudaError_t error = ConfigureGemm(*kernel);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
 }
 
 }  // namespace jax_moe::cuda

@@ -69,9 +69,6 @@ DenseWideArgs DenseWideProduct(const Weight& weight, Layout layout, const Activa
 // The kernel for a product, given the device's shared memory.
 GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile);
 
-// Lets all kernels for weights of `format` use their shared memory, as far as the device has it.
-cudaError_t ConfigureFormat(int format);
-
 // To 16 bytes.
 bool IsAligned(const void* data);
 

@@ -4,6 +4,7 @@
 
 #include "ffi/cuda/hopper.cuh"
 #include "ffi/cuda/launch_early.h"
+#include "ffi/cuda/load.h"
 #include "ffi/cuda/store.cuh"
 
 namespace jax_moe::cuda {
@@ -152,6 +153,11 @@ cudaError_t LaunchZeroRows(const int32_t* expert_ids, int64_t pairs, int32_t exp
   ZeroRows<<<static_cast<unsigned>(pairs), kThreads, 0, stream>>>(expert_ids, experts, y, columns,
                                                                   y_type);
   return cudaGetLastError();
+}
+
+cudaError_t LoadCombine() {
+  return LoadKernels(Combine<8, false>, Combine<8, true>, Combine<4, false>, Combine<4, true>,
+                     Combine<1, false>, Combine<1, true>, ZeroRows);
 }
 
 }  // namespace jax_moe::cuda

@@ -32,4 +32,7 @@ cudaError_t LaunchCombine(const CombineArgs& args, cudaStream_t stream);
 cudaError_t LaunchZeroRows(const int32_t* expert_ids, int64_t pairs, int32_t experts, void* y,
                            int64_t columns, Element y_type, cudaStream_t stream);
 
+// Loads the kernels (load.h).
+cudaError_t LoadCombine();
+
 }  // namespace jax_moe::cuda

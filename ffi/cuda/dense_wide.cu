@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "ffi/cuda/launch_early.h"
+#include "ffi/cuda/load.h"
 #include "ffi/plan/cuda.h"
 
 namespace jax_moe::cuda {
@@ -87,12 +88,12 @@ bool IsPlain(const DenseWideArgs& args) {
 
 bool HasDenseWide() { return IsHopper() && FindEncodeTiled() != nullptr; }
 
-cudaError_t ConfigureDenseWide() {
+cudaError_t LoadDenseWide() {
+  if (!HasDenseWide()) return cudaSuccess;
   for (const Layout layout : {Layout::kF16, Layout::kBF16, Layout::kBF16Pair}) {
     for (const int cluster : {1, 2}) {
       const Kernel kernel = FindKernel(layout, cluster);
-      const cudaError_t status = cudaFuncSetAttribute(
-          kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize, kernel.shared_bytes);
+      const cudaError_t status = LoadKernel(kernel.function, kernel.shared_bytes);
       if (status != cudaSuccess) return status;
     }
   }

@@ -47,9 +47,8 @@ struct DenseWideArgs {
 // Whether the current device has the kernels, and its driver makes tensor maps.
 bool HasDenseWide();
 
-// Lets the kernels use their shared memory on the current device. Before the first launch, outside
-// of capture.
-cudaError_t ConfigureDenseWide();
+// Loads the kernels (load.h), where there are any.
+cudaError_t LoadDenseWide();
 
 cudaError_t LaunchDenseWide(const DenseWideArgs& args, cudaStream_t stream);
 

@@ -4,6 +4,7 @@
 
 #include "ffi/cuda/check.h"
 #include "ffi/cuda/handlers.h"
+#include "ffi/cuda/load.h"
 #include "ffi/cuda/packed_formats.h"
 
 namespace jax_moe::cuda {
@@ -35,8 +36,19 @@ ffi::Error Dequantize(cudaStream_t stream, Bytes data, ffi::Result<F32Matrix> ou
                                         parameters, 0, stream));
 }
 
+ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary attributes) {
+  const auto format = attributes.get<int32_t>("format");
+  if (!format.has_value()) return format.error();
+  const PackedFormat* packed = FindPackedFormat(format.value());
+  // A format that does not exist is Dequantize's to complain of.
+  return CudaError("jax_moe_dequantize",
+                   packed == nullptr ? cudaSuccess : LoadKernel(packed->dequantize));
+}
+
 }  // namespace
 }  // namespace jax_moe::cuda
+
+JAX_MOE_DEFINE_INITIALIZE(JaxMoeDequantizeCudaInitialize, jax_moe::cuda::Initialize);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeDequantizeCuda, jax_moe::cuda::Dequantize,
                               xla::ffi::Ffi::Bind()

@@ -2,6 +2,7 @@
 
 #include "ffi/cuda/hopper.cuh"
 #include "ffi/cuda/launch_early.h"
+#include "ffi/cuda/load.h"
 #include "ffi/cuda/sort_block.cuh"
 
 namespace jax_moe::cuda {
@@ -60,5 +61,7 @@ cudaError_t LaunchPairExperts(const int32_t* sorted_token_ids, const int32_t* fl
   TakeWinners<<<Blocks(pairs, 256), 256, 0, stream>>>(flat_expert_ids, pairs, winners, expert_ids);
   return cudaGetLastError();
 }
+
+cudaError_t LoadDispatch() { return LoadKernels(Sort, MarkWinners, TakeWinners); }
 
 }  // namespace jax_moe::cuda

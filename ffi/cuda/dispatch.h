@@ -40,4 +40,7 @@ cudaError_t LaunchPairExperts(const int32_t* sorted_token_ids, const int32_t* fl
                               int64_t pairs, int32_t* winners, int32_t* expert_ids,
                               cudaStream_t stream);
 
+// Loads the kernels (load.h).
+cudaError_t LoadDispatch();
+
 }  // namespace jax_moe::cuda

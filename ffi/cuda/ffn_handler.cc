@@ -2,6 +2,7 @@
 
 #include "ffi/cuda/ffn.h"
 #include "ffi/cuda/handlers.h"
+#include "ffi/cuda/load.h"
 
 namespace jax_moe::cuda {
 namespace {
@@ -74,21 +75,17 @@ ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary at
     const auto format = attributes.get<int32_t>(name);
     if (!format.has_value()) return format.error();
     formats[i++] = format.value();
-    const cudaError_t status = ConfigureFormat(format.value());
+    const cudaError_t status = LoadProducts(format.value());
     if (status != cudaSuccess) return CudaError(kOp, status);
   }
   const TiledLayerKernel* layer = FindLayer(formats[0], formats[1], formats[2]);
-  return CudaError(kOp, layer == nullptr ? cudaSuccess : ConfigureTiledLayer(*layer));
+  return CudaError(kOp, layer == nullptr ? cudaSuccess : LoadTiledLayer(*layer));
 }
 
 }  // namespace
 }  // namespace jax_moe::cuda
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFfnCudaInitialize, jax_moe::cuda::Initialize,
-                              xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs());
+JAX_MOE_DEFINE_INITIALIZE(JaxMoeFfnCudaInitialize, jax_moe::cuda::Initialize);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeFfnCuda, jax_moe::cuda::Run,
                               xla::ffi::Ffi::Bind()

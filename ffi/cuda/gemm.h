@@ -131,8 +131,4 @@ const DenseKernels* FindDenseKernels(Element weight, Layout layout);
 // once.
 cudaError_t LaunchGemm(const GemmKernel& kernel, const GemmArgs& args, cudaStream_t stream);
 
-// Lets `kernel` use its shared memory on the current device. Before the first launch, outside of
-// capture.
-cudaError_t ConfigureGemm(const GemmKernel& kernel);
-
 }  // namespace jax_moe::cuda

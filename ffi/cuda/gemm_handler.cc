@@ -4,6 +4,7 @@
 #include "ffi/cuda/combine.h"
 #include "ffi/cuda/dispatch.h"
 #include "ffi/cuda/handlers.h"
+#include "ffi/cuda/load.h"
 #include "ffi/cuda/prepare.h"
 
 namespace jax_moe::cuda {
@@ -133,17 +134,13 @@ ffi::Error Gemm(cudaStream_t stream, ffi::RemainingArgs arguments, ffi::Remainin
 ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary attributes) {
   const auto format = attributes.get<int32_t>("format");
   if (!format.has_value()) return format.error();
-  return CudaError(kOp, ConfigureFormat(format.value()));
+  return CudaError(kOp, LoadProducts(format.value()));
 }
 
 }  // namespace
 }  // namespace jax_moe::cuda
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeGemmCudaInitialize, jax_moe::cuda::Initialize,
-                              xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>()
-                                  .RemainingArgs()
-                                  .RemainingRets()
-                                  .Attrs());
+JAX_MOE_DEFINE_INITIALIZE(JaxMoeGemmCudaInitialize, jax_moe::cuda::Initialize);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeGemmCuda, jax_moe::cuda::Gemm,
                               xla::ffi::Ffi::Bind()

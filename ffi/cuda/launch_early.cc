@@ -18,6 +18,13 @@ int Multiprocessors() {
   return std::max(number, 1);
 }
 
+int SharedMemoryLimit() {
+  int device = 0, bytes = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
+}
+
 cudaError_t LaunchEarly(const void* kernel, dim3 grid, int threads, size_t shared_bytes,
                         cudaStream_t stream, void** parameters, int cluster) {
   cudaLaunchAttribute attributes[2] = {};

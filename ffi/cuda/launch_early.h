@@ -14,6 +14,9 @@ bool IsHopper();
 // Of the current device, at least 1.
 int Multiprocessors();
 
+// Bytes of shared memory that a block may have on the current device.
+int SharedMemoryLimit();
+
 // `cluster` consecutive blocks form a cluster: a divisor of the grid, and 1 but on Hopper.
 cudaError_t LaunchEarly(const void* kernel, dim3 grid, int threads, size_t shared_bytes,
                         cudaStream_t stream, void** parameters, int cluster = 1);

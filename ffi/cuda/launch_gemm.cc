@@ -3,11 +3,6 @@
 #include "ffi/cuda/gemm.h"
 
 namespace jax_moe::cuda {
-namespace {
-
-constexpr int kDefaultSharedBytes = 48 * 1024;
-
-}  // namespace
 
 std::optional<dim3> TileGrid(int64_t blocks, int64_t tiles) {
   constexpr int64_t kMost = 32768;
@@ -31,12 +26,6 @@ cudaError_t LaunchGemm(const GemmKernel& kernel, const GemmArgs& args, cudaStrea
   void* parameters[] = {const_cast<GemmArgs*>(&args)};
   return cudaLaunchKernel(kernel.function, *grid, dim3(kernel.threads), parameters,
                           kernel.shared_bytes, stream);
-}
-
-cudaError_t ConfigureGemm(const GemmKernel& kernel) {
-  if (kernel.shared_bytes <= kDefaultSharedBytes) return cudaSuccess;
-  return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              kernel.shared_bytes);
 }
 
 }  // namespace jax_moe::cuda

@@ -4,6 +4,7 @@
 
 #include "ffi/cuda/hopper.cuh"
 #include "ffi/cuda/launch_early.h"
+#include "ffi/cuda/load.h"
 #include "ffi/cuda/row_layouts.cuh"
 #include "ffi/cuda/row_sources.cuh"
 #include "ffi/cuda/sort_block.cuh"
@@ -256,6 +257,14 @@ cudaError_t WithDenseRows(const void* x, Element x_type, const PreparedRows& to,
   return cudaErrorInvalidValue;
 }
 
+template <typename Rows>
+cudaError_t LoadDense() {
+  return LoadKernels(Prepare<256, Rows>, Prepare<512, Rows>, Prepare<1024, Rows>,
+                     SortAndPrepare<256, Rows>, SortAndPrepare<512, Rows>,
+                     SortAndPrepare<1024, Rows>, PrepareGemm<256, Rows>, PrepareGemm<512, Rows>,
+                     PrepareGemm<1024, Rows>);
+}
+
 }  // namespace
 
 cudaError_t LaunchPrepare(const void* x, Element x_type, const PreparedRows& to,
@@ -289,6 +298,17 @@ cudaError_t LaunchActivate(const ActivateArgs& args, const PreparedRows& to, cud
 #undef JAX_MOE_ACTIVATION
   }
   return cudaErrorInvalidValue;
+}
+
+cudaError_t LoadPrepare() {
+  cudaError_t status = LoadDense<Dense<float>>();
+  if (status == cudaSuccess) status = LoadDense<Dense<half>>();
+  if (status == cudaSuccess) status = LoadDense<Dense<__nv_bfloat16>>();
+#define JAX_MOE_ACTIVATION(NAME) \
+  if (status == cudaSuccess) status = LoadKernel(Prepare<256, Activated<Activation::NAME>>);
+  JAX_MOE_ACTIVATIONS(JAX_MOE_ACTIVATION)
+#undef JAX_MOE_ACTIVATION
+  return status;
 }
 
 }  // namespace jax_moe::cuda

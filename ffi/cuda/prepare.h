@@ -101,4 +101,7 @@ struct ActivateArgs {
 };
 cudaError_t LaunchActivate(const ActivateArgs& args, const PreparedRows& to, cudaStream_t stream);
 
+// Loads the kernels (load.h).
+cudaError_t LoadPrepare();
+
 }  // namespace jax_moe::cuda

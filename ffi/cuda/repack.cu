@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "ffi/blocks/tiled.h"
+#include "ffi/cuda/load.h"
 
 namespace jax_moe::cuda {
 namespace {
@@ -179,6 +180,15 @@ cudaError_t LaunchUnpack(int format, const RepackShape& shape, const uint8_t* ti
     Unpack<F><<<Grid(bands), kThreads, 0, stream>>>(tiled, bands, shape.blocks, data);
   });
   return cudaGetLastError();
+}
+
+cudaError_t LoadRepack(int format) {
+  cudaError_t status = LoadKernel(BoundNorms);
+  VisitFormat(format, [&](auto decoder) {
+    using F = decltype(decoder);
+    if (status == cudaSuccess) status = LoadKernels(Pack<F>, Unpack<F>);
+  });
+  return status;
 }
 
 }  // namespace jax_moe::cuda

@@ -18,4 +18,7 @@ cudaError_t LaunchRepack(int format, const RepackShape& shape, const uint8_t* da
 cudaError_t LaunchUnpack(int format, const RepackShape& shape, const uint8_t* tiled, uint8_t* data,
                          cudaStream_t stream);
 
+// Loads the kernels of a format (load.h).
+cudaError_t LoadRepack(int format);
+
 }  // namespace jax_moe::cuda

@@ -7,6 +7,7 @@
 #include "ffi/blocks/tiled.h"
 #include "ffi/cuda/check.h"
 #include "ffi/cuda/handlers.h"
+#include "ffi/cuda/load.h"
 
 namespace jax_moe::cuda {
 namespace {
@@ -64,8 +65,16 @@ ffi::Error Unpack(cudaStream_t stream, Weights tiled, ffi::Result<Weights> data,
                                     data->typed_data(), stream));
 }
 
+ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary attributes) {
+  const auto format = attributes.get<int32_t>("format");
+  if (!format.has_value()) return format.error();
+  return CudaError("jax_moe_repack", LoadRepack(format.value()));
+}
+
 }  // namespace
 }  // namespace jax_moe::cuda
+
+JAX_MOE_DEFINE_INITIALIZE(JaxMoeRepackCudaInitialize, jax_moe::cuda::Initialize);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeRepackCuda, jax_moe::cuda::Repack,
                               xla::ffi::Ffi::Bind()

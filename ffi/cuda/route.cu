@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <climits>
 
+#include "ffi/cuda/load.h"
+
 namespace jax_moe::cuda {
 namespace {
 
@@ -376,6 +378,12 @@ Kernel KernelOf(const RouteArgs& args) {
   return KernelOf<16, kPlain>(args.gating);
 }
 
+template <bool kPlain>
+cudaError_t Load(Gating gating) {
+  return LoadKernels(KernelOf<0, kPlain>(gating), KernelOf<4, kPlain>(gating),
+                     KernelOf<8, kPlain>(gating), KernelOf<16, kPlain>(gating));
+}
+
 }  // namespace
 
 cudaError_t LaunchRoute(const RouteArgs& args, cudaStream_t stream) {
@@ -389,6 +397,11 @@ cudaError_t LaunchRoute(const RouteArgs& args, cudaStream_t stream) {
   const int group_size = args.experts / args.num_groups;
   kernel<<<blocks, 32 * warps, bytes * warps, stream>>>(args, group_size);
   return cudaGetLastError();
+}
+
+cudaError_t LoadRoute(Gating gating) {
+  const cudaError_t status = Load<true>(gating);
+  return status == cudaSuccess ? Load<false>(gating) : status;
 }
 
 }  // namespace jax_moe::cuda

@@ -24,6 +24,9 @@ struct RouteArgs {
 
 cudaError_t LaunchRoute(const RouteArgs& args, cudaStream_t stream);
 
+// Loads the kernels of a gating (load.h).
+cudaError_t LoadRoute(Gating gating);
+
 // Experts beyond this do not fit a token's rows in shared memory.
 constexpr int64_t kMaxRoutedExperts = 4096;
 

@@ -3,6 +3,7 @@
 #include "ffi/cuda/check.h"
 #include "ffi/cuda/dispatch.h"
 #include "ffi/cuda/handlers.h"
+#include "ffi/cuda/load.h"
 #include "ffi/cuda/route.h"
 
 namespace jax_moe::cuda {
@@ -75,8 +76,28 @@ ffi::Error Sort(cudaStream_t stream, S32Matrix expert_ids, ffi::Result<S32Matrix
   return ffi::Error::Success();
 }
 
+ffi::Error InitializeRoute(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary attributes) {
+  constexpr int kGatings = static_cast<int>(Gating::kSqrtSoftplus) + 1;
+  static OncePerDevice loaded[kGatings];
+  const auto gating = attributes.get<int32_t>("gating");
+  if (!gating.has_value()) return gating.error();
+  const int number = gating.value();
+  // Others are Route's to complain of.
+  if (number < 0 || number >= kGatings) return ffi::Error::Success();
+  return CudaError("jax_moe_route",
+                   loaded[number]([&] { return LoadRoute(static_cast<Gating>(number)); }));
+}
+
+ffi::Error InitializeSort(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary) {
+  static OncePerDevice loaded;
+  return CudaError("jax_moe_sort", loaded([] { return LoadDispatch(); }));
+}
+
 }  // namespace
 }  // namespace jax_moe::cuda
+
+JAX_MOE_DEFINE_INITIALIZE(JaxMoeRouteCudaInitialize, jax_moe::cuda::InitializeRoute);
+JAX_MOE_DEFINE_INITIALIZE(JaxMoeSortCudaInitialize, jax_moe::cuda::InitializeSort);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxMoeRouteCuda, jax_moe::cuda::Route,
                               xla::ffi::Ffi::Bind()

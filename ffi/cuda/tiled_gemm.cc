@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "ffi/cuda/launch_early.h"
+#include "ffi/cuda/load.h"
 #include "ffi/plan/cuda.h"
 
 namespace jax_moe::cuda {
@@ -123,18 +124,17 @@ cudaError_t LaunchTiledFew(const TiledKernels& kernels, TiledFewArgs args, cudaS
                           static_cast<size_t>(warps * kernels.few_warp_bytes), stream);
 }
 
-cudaError_t ConfigureTiled(const TiledKernels& kernels, bool hopper) {
-  const auto configure = [](const TiledKernel& kernel) {
-    return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                kernel.shared_bytes);
+cudaError_t LoadTiled(const TiledKernels& kernels) {
+  const auto load = [](const TiledKernel& kernel) {
+    return LoadKernel(kernel.function, kernel.shared_bytes);
   };
-  cudaError_t status = cudaSuccess;
+  cudaError_t status = kernels.few == nullptr ? cudaSuccess : LoadKernel(kernels.few);
+  if (status == cudaSuccess) status = load(kernels.down);
   for (const TiledKernel& kernel : kernels.narrow) {
-    if (status == cudaSuccess) status = configure(kernel);
+    if (status == cudaSuccess) status = load(kernel);
   }
-  if (status == cudaSuccess) status = configure(kernels.down);
   for (const TiledKernel& kernel : kernels.wide) {
-    if (status == cudaSuccess && hopper) status = configure(kernel);
+    if (status == cudaSuccess && IsHopper()) status = load(kernel);
   }
   return status;
 }

@@ -137,8 +137,7 @@ cudaError_t LaunchTiledDown(const TiledKernels& kernels, TiledDownArgs args,
 
 cudaError_t LaunchTiledFew(const TiledKernels& kernels, TiledFewArgs args, cudaStream_t stream);
 
-// Lets the kernels use their shared memory on the current device. Before the first launch, outside of
-// capture.
-cudaError_t ConfigureTiled(const TiledKernels& kernels, bool hopper);
+// Loads the kernels (load.h) that the current device has.
+cudaError_t LoadTiled(const TiledKernels& kernels);
 
 }  // namespace jax_moe::cuda

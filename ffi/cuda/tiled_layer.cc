@@ -48,9 +48,10 @@ cudaError_t LaunchTiledLayer(const TiledLayerKernel& kernel, const plan::CudaLay
                         parameters);
 }
 
-cudaError_t ConfigureTiledLayer(const TiledLayerKernel& kernel) {
-  return cudaFuncSetAttribute(kernel.function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(plan::CudaSharedLimit(90)));
+cudaError_t LoadTiledLayer(const TiledLayerKernel& kernel) {
+  return kernel.loaded([&] {
+    return LoadKernel(kernel.function, static_cast<int>(plan::CudaSharedLimit(90)));
+  });
 }
 
 }  // namespace jax_moe::cuda

@@ -1,6 +1,7 @@
 // A whole layer for few tokens in one launch: arguments and kernels (tiled_layer.cuh).
 #pragma once
 
+#include "ffi/cuda/load.h"
 #include "ffi/cuda/tiled_gemm.h"
 #include "ffi/plan/cuda.h"
 
@@ -39,6 +40,7 @@ struct TiledLayerArgs {
 struct TiledLayerKernel {
   const void* function;
   int stage_bytes[2];  // 256 columns of 16 rows of gate and up, and of down
+  mutable OncePerDevice loaded = {};  // LoadTiledLayer's affair
 };
 
 // The kernel for gate and up of ggml_type `up` and down of `down`, all tiled; null where there is
@@ -48,8 +50,7 @@ const TiledLayerKernel* FindTiledLayer(int up, int down);
 cudaError_t LaunchTiledLayer(const TiledLayerKernel& kernel, const plan::CudaLayerShape& shape,
                              TiledLayerArgs args, cudaStream_t stream);
 
-// Lets the kernel use its shared memory on the current device. Before the first launch, outside of
-// capture.
-cudaError_t ConfigureTiledLayer(const TiledLayerKernel& kernel);
+// Loads the kernel (load.h), once a device.
+cudaError_t LoadTiledLayer(const TiledLayerKernel& kernel);
 
 }  // namespace jax_moe::cuda

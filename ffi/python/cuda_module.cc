@@ -15,23 +15,23 @@ namespace {
 
 using Handler = XLA_FFI_Error*(XLA_FFI_CallFrame*);
 
-nb::dict Bundle(Handler* execute, Handler* initialize = nullptr) {
+nb::dict Bundle(Handler* initialize, Handler* execute) {
   nb::dict bundle;
+  bundle["initialize"] = nb::capsule(reinterpret_cast<void*>(initialize));
   bundle["execute"] = nb::capsule(reinterpret_cast<void*>(execute));
-  if (initialize != nullptr)
-    bundle["initialize"] = nb::capsule(reinterpret_cast<void*>(initialize));
   return bundle;
 }
 
 nb::dict CudaHandlers() {
   nb::dict handlers;
-  handlers["jax_moe_route"] = Bundle(JaxMoeRouteCuda);
-  handlers["jax_moe_sort"] = Bundle(JaxMoeSortCuda);
-  handlers["jax_moe_gemm"] = Bundle(JaxMoeGemmCuda, JaxMoeGemmCudaInitialize);
-  handlers["jax_moe_ffn"] = Bundle(JaxMoeFfnCuda, JaxMoeFfnCudaInitialize);
-  handlers["jax_moe_dequantize"] = Bundle(JaxMoeDequantizeCuda);
-  handlers["jax_moe_repack"] = Bundle(JaxMoeRepackCuda);
-  handlers["jax_moe_unpack"] = Bundle(JaxMoeUnpackCuda);
+  handlers["jax_moe_route"] = Bundle(JaxMoeRouteCudaInitialize, JaxMoeRouteCuda);
+  handlers["jax_moe_sort"] = Bundle(JaxMoeSortCudaInitialize, JaxMoeSortCuda);
+  handlers["jax_moe_gemm"] = Bundle(JaxMoeGemmCudaInitialize, JaxMoeGemmCuda);
+  handlers["jax_moe_ffn"] = Bundle(JaxMoeFfnCudaInitialize, JaxMoeFfnCuda);
+  handlers["jax_moe_dequantize"] =
+      Bundle(JaxMoeDequantizeCudaInitialize, JaxMoeDequantizeCuda);
+  handlers["jax_moe_repack"] = Bundle(JaxMoeRepackCudaInitialize, JaxMoeRepackCuda);
+  handlers["jax_moe_unpack"] = Bundle(JaxMoeRepackCudaInitialize, JaxMoeUnpackCuda);
   return handlers;
 }
 
