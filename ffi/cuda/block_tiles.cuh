@@ -8,8 +8,9 @@
 
 namespace jax_moe::cuda {
 
-// A tile is up to 8 pairs of one expert. Tiles are in the order of experts, an expert's pairs in
-// their own.
+// A tile is up to 8 pairs of one expert. Tiles are in the order of experts. The pairs of an expert
+// with several tiles are in their own order, so that all blocks agree on them; those of an only
+// tile in any.
 class BlockTiles {
  public:
   static constexpr int kPairs = plan::kCudaBlockPairs, kExperts = plan::kCudaBlockExperts;

@@ -73,3 +73,11 @@ GemmKernel ChooseKernel(const Weight& weight, Layout layout, plan::CudaTile tile
 bool IsAligned(const void* data);
 
 }  // namespace jax_moe::cuda
+
+// The initialize stage of a handler: `function` gets the arguments, the results and the attributes.
+#define JAX_MOE_DEFINE_INITIALIZE(symbol, function)                                          \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, function,                                            \
+                                xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>() \
+                                    .RemainingArgs()                                         \
+                                    .RemainingRets()                                         \
+                                    .Attrs())

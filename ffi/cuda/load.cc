@@ -36,7 +36,7 @@ cudaError_t LoadPackedFormat(const PackedKernels& kernels) {
 }
 
 cudaError_t LoadDense(Element type) {
-  cudaError_t status = LoadDenseWide();
+  cudaError_t status = type == Element::kF32 ? cudaSuccess : LoadDenseWide();
   for (const Layout layout : {Layout::kF16, Layout::kBF16, Layout::kF32}) {
     const DenseKernels* kernels = FindDenseKernels(type, layout);
     if (status != cudaSuccess || kernels == nullptr) continue;
@@ -55,12 +55,10 @@ cudaError_t LoadFormat(int format) {
 }  // namespace
 
 cudaError_t LoadKernel(const void* function, int shared_bytes) {
-  if (shared_bytes > kDefaultSharedBytes) {
-    return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                shared_bytes);
-  }
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, function);
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, function);  // which loads it
+  if (status != cudaSuccess || shared_bytes <= kDefaultSharedBytes) return status;
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
 }
 
 cudaError_t LoadProducts(int format) {
@@ -73,7 +71,8 @@ cudaError_t LoadProducts(int format) {
     return dispatch == cudaSuccess ? LoadCombine() : dispatch;
   });
   const int type = format & ~kTiledFormat;
-  if (status != cudaSuccess || type < 0 || type >= kTypes) return status;
+  if (status != cudaSuccess || type < 0) return status;
+  if (type >= kTypes) return LoadFormat(format);
   return formats[(format & kTiledFormat) != 0 ? 1 : 0][type]([&] { return LoadFormat(format); });
 }
 

@@ -48,12 +48,4 @@ class OncePerDevice {
 // What products with weights of `format` use, once a device; nothing where there is no such format (-1).
 cudaError_t LoadProducts(int format);
 
-// The initialize stage of a handler: `function` gets the arguments, the results and the attributes.
-#define JAX_MOE_DEFINE_INITIALIZE(symbol, function)                                        \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, function,                                          \
-                                xla::ffi::Ffi::Bind<xla::ffi::ExecutionStage::kInitialize>() \
-                                    .RemainingArgs()                                       \
-                                    .RemainingRets()                                       \
-                                    .Attrs())
-
 }  // namespace jax_moe::cuda

@@ -68,7 +68,7 @@ ffi::Error Unpack(cudaStream_t stream, Weights tiled, ffi::Result<Weights> data,
 ffi::Error Initialize(ffi::RemainingArgs, ffi::RemainingRets, ffi::Dictionary attributes) {
   const auto format = attributes.get<int32_t>("format");
   if (!format.has_value()) return format.error();
-  return CudaError("jax_moe_repack", LoadRepack(format.value()));
+  return CudaError("jax_moe_repack, jax_moe_unpack", LoadRepack(format.value()));
 }
 
 }  // namespace

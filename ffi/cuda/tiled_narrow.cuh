@@ -7,8 +7,8 @@
 // Those that are left over may go to larger teams, so that the last round is short
 // (NarrowSchedule). A warp streams the bytes of its items, one after another, through a ring in
 // shared memory of its own, several hundred cycles ahead, and decodes them straight into
-// tensor-core operands. Warps wait for their team only, once an item or two bands of one matrix,
-// to add their sums in warp order.
+// tensor-core operands. Once tiles are known, warps wait for their team only, once an item or two
+// bands of one matrix, to add their sums in warp order.
 #pragma once
 
 #include <type_traits>
@@ -370,8 +370,7 @@ class NarrowWarp {
         token.h_factor = ScaleOfH(args_, known_, Current().expert, pair_, Current().band == 0);
       }
       const int bytes = !args_.activate && args_.y_type == Element::kF32 ? 4 : 2;
-      const int pitch = static_cast<int>(args_.y_pitch) * bytes;
-      token.row = static_cast<uint8_t*>(args_.y) + int64_t{pair_} * pitch;
+      token.row = static_cast<uint8_t*>(args_.y) + pair_ * (args_.y_pitch * bytes);
       m_.tokens[warp_][lane_ / 4] = token;
     }
   }
