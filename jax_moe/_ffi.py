@@ -255,6 +255,22 @@ def op(run: Callable, fold: Callable) -> Callable:
     return call_op
 
 
+def cached(run: Callable) -> Callable:
+    """`run(static, *operands)`, traced once for equal types and not at every call.
+
+    So a model's layers are traced once, and calls outside of jit are as quick as those of a jitted
+    function. `static` is hashable, operands are pytrees of arrays.
+    """
+    jitted = jax.jit(run, static_argnums=0, inline=True)
+
+    @functools.wraps(run)
+    def call(static, *operands):
+        native()  # what it raises may depend on the device, which traces do not
+        return jitted(static, *operands)
+
+    return call
+
+
 def broadcast_batch(x: Array, batched: bool, size: int) -> Array:
     """x with a leading batch axis of `size`."""
     return x if batched else jnp.broadcast_to(x, (size, *x.shape))

@@ -152,26 +152,18 @@ def moe_ffn(
         variant=variant,
         implementation=implementation,
     )
-    biases: tuple[Array | None, ...]
-    scales: tuple[Array | None, ...]
-    if problem.experts.merged:
-        gate, up = experts.gate_up, None
-        biases = (experts.gate_up_bias, None, experts.down_bias)
-        scales = (experts.gate_up_scale, None, experts.down_scale)
-    else:
-        gate, up = experts.gate, experts.up
-        biases = (experts.gate_bias, experts.up_bias, experts.down_bias)
-        scales = (experts.gate_scale, experts.up_scale, experts.down_scale)
     if implementation == "reference":
+        operands = _Operands.of(experts)
+        gate, up, down = map(gguf_layout, operands.weights)
         return ffn_reference(
             x,
             routing.expert_ids,
             routing.weights,
-            gguf_layout(gate),
-            gguf_layout(up),
-            gguf_layout(experts.down),
-            biases,
-            scales,
+            gate,
+            up,
+            down,
+            operands.biases,
+            operands.scales,
             activation=activation,
             numbers=problem.numbers,
             weights_before=weights_before,
@@ -187,18 +179,7 @@ def moe_ffn(
         problem.experts.d_expert,
         problem.experts.biased,
     )
-    operands = [weight_operand(w) for w in (gate, up, experts.down)]
-    (y,) = _ffn_op(
-        static,
-        x,
-        routing.expert_ids,
-        float_operand(routing.weights),
-        *(operand.data for operand in operands),
-        *map(float_operand, biases),
-        *map(float_operand, scales),
-        *(operand.aux for operand in operands),
-    )
-    return y
+    return _moe_ffn(static, x, routing, experts)
 
 
 def ffn_problem(
@@ -299,6 +280,40 @@ class _Static(NamedTuple):
     variant: int
     d_expert: int
     biased: bool
+
+
+class _Operands(NamedTuple):
+    """Of gate, or gate and up merged, of up, and of down."""
+
+    weights: tuple[Weight | None, ...]
+    biases: tuple[Array | None, ...]
+    scales: tuple[Array | None, ...]
+
+    @classmethod
+    def of(cls, experts: Experts) -> "_Operands":
+        names = ("gate", "up") if experts.gate_up is None else ("gate_up", None)
+        fields = [
+            tuple(name and getattr(experts, name + kind) for name in (*names, "down"))
+            for kind in ("", "_bias", "_scale")
+        ]
+        return cls(*fields)
+
+
+@_ffi.cached
+def _moe_ffn(static: _Static, x: Array, routing: Routing, experts: Experts) -> Array:
+    operands = _Operands.of(experts)
+    weights = [weight_operand(weight) for weight in operands.weights]
+    (y,) = _ffn_op(
+        static,
+        x,
+        routing.expert_ids,
+        float_operand(routing.weights),
+        *(weight.data for weight in weights),
+        *map(float_operand, operands.biases),
+        *map(float_operand, operands.scales),
+        *(weight.aux for weight in weights),
+    )
+    return y
 
 
 def _run(static: _Static, x, expert_ids, weights, gate, up, down, *others):

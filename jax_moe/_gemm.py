@@ -94,20 +94,17 @@ def moe_gemm(
         implementation=implementation,
         preferred_element_type=preferred_element_type,
     )
-    if topk_weights is not None:
-        topk_weights = topk_weights.reshape(-1)
     if implementation == "reference":
         return gemm_reference(
             x,
             gguf_layout(weight),
             sorted_token_ids,
             flat_expert_ids,
-            topk_weights,
+            None if topk_weights is None else topk_weights.reshape(-1),
             rows_are_pairs=problem.rows_are_pairs,
             top_k=problem.top_k,
             round_activations=variant is MoEVariant.SCALAR_GGUF,
         ).astype(problem.y_dtype)
-    data, aux, _ = weight_operand(weight)
     static = _Static(
         problem.top_k,
         problem.format,
@@ -117,9 +114,7 @@ def moe_gemm(
         problem.rows_are_pairs,
         problem.y_dtype,
     )
-    topk_weights = float_operand(topk_weights)
-    (y,) = _gemm_op(static, x, data, aux, sorted_token_ids, flat_expert_ids, topk_weights)
-    return y
+    return _moe_gemm(static, x, weight, sorted_token_ids, flat_expert_ids, topk_weights)
 
 
 def gemm_problem(
@@ -206,6 +201,14 @@ class _Static(NamedTuple):
     k: int
     rows_are_pairs: bool
     y_dtype: np.dtype
+
+
+@_ffi.cached
+def _moe_gemm(static: _Static, x, weight, sorted_token_ids, flat_expert_ids, topk_weights) -> Array:
+    data, aux, _ = weight_operand(weight)
+    topk_weights = float_operand(topk_weights).reshape(-1)
+    (y,) = _gemm_op(static, x, data, aux, sorted_token_ids, flat_expert_ids, topk_weights)
+    return y
 
 
 def _run(static: _Static, x, data, aux, *ids_and_weights):

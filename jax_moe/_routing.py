@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jax_moe import _check as check
 from jax_moe import _ffi
+from jax_moe._operands import float_operand
 from jax_moe._routing_reference import gates as gates
 from jax_moe._routing_reference import route_reference, sort_reference
 from jax_moe._routing_reference import weigh as weigh
@@ -124,8 +125,7 @@ def route(
         check.shape("selection_bias", selection_bias, (experts,), "[E]")
     if implementation == "reference":
         return Routing(*route_reference(logits, selection_bias, **rule._asdict()))
-    bias = jnp.zeros(0, jnp.float32) if selection_bias is None else selection_bias
-    return Routing(*_route_op(rule, logits.astype(jnp.float32), bias.astype(jnp.float32)))
+    return _route(rule, logits, selection_bias)
 
 
 def sort_by_expert(
@@ -156,11 +156,9 @@ def sort_by_expert(
     experts = check.positive("num_experts", num_experts)
     if experts >= check.INT32_MAX:
         raise ValueError(f"num_experts is less than {check.INT32_MAX}, not {experts}.")
-    flat = expert_ids.astype(jnp.int32).reshape(-1)
     if implementation == "reference":
-        return Dispatch(*sort_reference(flat, experts))
-    results = _sort_op(experts, flat[None])
-    return Dispatch(*(result[0] for result in results))
+        return Dispatch(*sort_reference(expert_ids.astype(jnp.int32).reshape(-1), experts))
+    return _sort_by_expert(experts, expert_ids)
 
 
 # --- Validation --------------------------------------------------------------------------------
@@ -227,6 +225,18 @@ def routing_rule(
 
 
 # --- Kernels -----------------------------------------------------------------------------------
+
+
+@_ffi.cached
+def _route(rule: _Rule, logits: Array, selection_bias: Array | None) -> Routing:
+    bias = float_operand(selection_bias)
+    return Routing(*_route_op(rule, logits.astype(jnp.float32), bias))
+
+
+@_ffi.cached
+def _sort_by_expert(experts: int, expert_ids: Array) -> Dispatch:
+    results = _sort_op(experts, expert_ids.astype(jnp.int32).reshape(1, -1))
+    return Dispatch(*(result[0] for result in results))
 
 
 def _run_route(rule: _Rule, logits: Array, bias: Array) -> list[Array]:

@@ -12,7 +12,7 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 import jax_moe
-from jax_moe import Experts, MoEConfig, MoEParams, MoEVariant, PackedExperts, Routing
+from jax_moe import Experts, MoEConfig, MoEParams, MoEVariant, PackedExperts, Routing, _ffi
 from jax_moe._formats import FORMATS
 
 E, H, F, T, K = 4, 64, 96, 5, 2
@@ -148,6 +148,25 @@ def test_scan_over_stacked_layers():
     for layer in layers:
         expected = expected + jax_moe.moe_ffn(expected, routing, layer)
     close(model(x, stack(*layers)), expected)
+
+
+def test_layers_of_equal_types_are_traced_once(monkeypatch):
+    traced, call = [], _ffi.call
+    monkeypatch.setattr(
+        _ffi, "call", lambda name, *a, **k: traced.append(name) or call(name, *a, **k)
+    )
+    layers = [experts(seed) for seed in range(4)]
+    rng = np.random.default_rng(0)
+    x, logits = oracle.normal(rng, (11, H)), oracle.normal(rng, (11, E))  # as no other test has
+
+    def model(x, layers):
+        for layer in layers:
+            routing = jax_moe.route(logits, K)
+            x = jax_moe.moe_ffn(x, routing, layer) + gemm(x, layer.up, routing)[::K, :H]
+        return x
+
+    close(jax.jit(model)(x, layers), model(x, layers))
+    assert sorted(traced) == [f"jax_moe_{name}" for name in ("ffn", "gemm", "route", "sort")]
 
 
 def test_stacked_layers_have_shapes():
