@@ -32,7 +32,7 @@ template <typename Format>
 class ExactUnit {
  public:
   using Tiled = TiledUnit<Format>;
-  using Fields = FieldsOf<Format>;
+  using Fields = ShiftedFieldsOf<Format>;
   using Place = typename Tiled::Place;
   static constexpr int kGroups = 32 / Format::kGroup;
   template <int... i>
@@ -261,7 +261,7 @@ __device__ __forceinline__ void MultiplyTwoTokens(const uint8_t* weights, StepOf
                                                   int next_column, int columns,
                                                   float (&total)[4]) {
   // Both chunks are loaded first where registers allow it.
-  constexpr bool kAhead = kWhole && FieldsOf<Format>::kWords <= 4 && !Format::kHasOffset;
+  constexpr bool kAhead = kWhole && ShiftedFieldsOf<Format>::kWords <= 4 && !Format::kHasOffset;
   UnitsOfTwoRows<Format, kWhole> units[2];
   const int left = columns - column;
   if (kAhead) units[0].Load(weights, 0, left), units[1].Load(weights, 1, left);
@@ -303,6 +303,6 @@ __device__ __forceinline__ void StoreSums(float (&total)[4], float (*sums)[16], 
 
 // What undoes 2^kExponent.
 template <typename Format>
-inline constexpr float kExactUnitScale = 1 << -FieldsOf<Format>::kExponent;
+inline constexpr float kExactUnitScale = 1 << -ShiftedFieldsOf<Format>::kExponent;
 
 }  // namespace jax_moe::cuda
