@@ -37,7 +37,7 @@ def _placed(whole: Any, shards: Any, data: Array, format: BlockFormat) -> Any:
     """`whole` of data on one device or traced; `shards`, shard by shard, of a sharded array."""
     sharding = None if isinstance(data, jax.core.Tracer) else getattr(data, "sharding", None)
     if not isinstance(sharding, NamedSharding) or sharding.num_devices == 1:
-        return whole(data, format)
+        return whole(format, data)
     spec = (*sharding.spec, *[None] * (data.ndim - len(sharding.spec)))
     rows = sharding.shard_shape(data.shape)[-2]
     if spec[-1] is not None or rows % BAND_ROWS:
@@ -48,15 +48,15 @@ def _placed(whole: Any, shards: Any, data: Array, format: BlockFormat) -> Any:
     return shards(data, format, sharding.mesh, spec)
 
 
-@functools.partial(jax.jit, static_argnames="format")
-def _repack(data: Array, format: BlockFormat) -> tuple[Array, Array]:
+@_ffi.cached
+def _repack(format: BlockFormat, data: Array) -> tuple[Array, Array]:
     tiled, aux = _repack_op(format.ggml_type, _experts_joined(data))
     leading = data.shape[:-1]
     return tiled.reshape(*leading, tiled.shape[-1]), aux.reshape(*leading, 2)
 
 
-@functools.partial(jax.jit, static_argnames="format")
-def _unpack(data: Array, format: BlockFormat) -> Array:
+@_ffi.cached
+def _unpack(format: BlockFormat, data: Array) -> Array:
     (unpacked,) = _unpack_op(format.ggml_type, _experts_joined(data))
     return unpacked.reshape(*data.shape[:-1], unpacked.shape[-1])
 
@@ -69,7 +69,7 @@ def _experts_joined(data: Array) -> Array:
 @functools.partial(jax.jit, static_argnames=("format", "mesh", "spec"))
 def _repack_shards(data: Array, format: BlockFormat, mesh: Any, spec: tuple) -> Any:
     def local(data: Array) -> tuple[Array, Array]:
-        tiled, aux = _repack(data, format)
+        tiled, aux = _repack(format, data)
         if spec[-2] is not None:  # an expert's rows are on several devices
             bound = jax.lax.pmax(aux[..., 1], spec[-2])
             aux = jnp.stack([aux[..., 0], bound], axis=-1)
@@ -82,7 +82,7 @@ def _repack_shards(data: Array, format: BlockFormat, mesh: Any, spec: tuple) -> 
 @functools.partial(jax.jit, static_argnames=("format", "mesh", "spec"))
 def _unpack_shards(data: Array, format: BlockFormat, mesh: Any, spec: tuple) -> Array:
     axes = PartitionSpec(*spec)
-    local = functools.partial(_unpack, format=format)
+    local = functools.partial(_unpack, format)
     return jax.shard_map(local, mesh=mesh, in_specs=axes, out_specs=axes)(data)
 
 

@@ -133,8 +133,9 @@ cudaError_t LoadTiled(const TiledKernels& kernels) {
   for (const TiledKernel& kernel : kernels.narrow) {
     if (status == cudaSuccess) status = load(kernel);
   }
+  if (!IsHopper()) return status;
   for (const TiledKernel& kernel : kernels.wide) {
-    if (status == cudaSuccess && IsHopper()) status = load(kernel);
+    if (status == cudaSuccess) status = load(kernel);
   }
   return status;
 }

@@ -150,16 +150,16 @@ class NarrowWarp {
     const bool early = has_ids || args_.lists.older;
     if (!early) WaitForEarlierKernels();
     LetNextKernelStart();  // which may then read the lists at once: Lists::older
-    Tiles few(args_.lists.expert_ids, args_.lists.entries,
+    Tiles tiles(args_.lists.expert_ids, args_.lists.entries,
               has_ids ? static_cast<int>(args_.lists.max_tiles) : 0, args_.lists.experts,
               m_.MemoryOfTiles(warp_));
-    items_ = (has_ids ? few.Number() : *args_.lists.num_tiles) * bands_;
+    items_ = (has_ids ? tiles.Number() : *args_.lists.num_tiles) * bands_;
     schedule_ = NarrowSchedule::Choose(items_, groups_, steps_, 1 << log_matrices_);
     Begin();
     bool more = item_ < items_;
     if (more) {
       LoadTile();
-      TakeShare(few);
+      TakeShare(tiles);
       FetchAhead();
     }
     if (early) WaitForEarlierKernels();
@@ -170,7 +170,7 @@ class NarrowWarp {
       current_ ^= 1;
       left_ = Current().bands;
       more = item_ < items_;
-      if (more) TakeShare(few);
+      if (more) TakeShare(tiles);
       FetchAhead();
       for (bool first = true; left_ > 0; first = false) {
         Multiply();
@@ -241,17 +241,17 @@ class NarrowWarp {
   }
 
   // The share at item_ is the next one; item_ moves on.
-  __device__ __forceinline__ void TakeShare(Tiles& few) {
+  __device__ __forceinline__ void TakeShare(Tiles& tiles) {
     const int index = by_bands_.Quotient(item_);
     int expert, count;
     if constexpr (kBlockTiles) {
-      const BlockTiles::Tile tile = few.At(index);
+      const BlockTiles::Tile tile = tiles.At(index);
       expert = tile.expert;
       count = tile.count;
       next_pair_ = lane_ / 4 < count ? m_.tiles.pair[tile.begin + lane_ / 4] : -1;
     } else if (args_.lists.expert_ids != nullptr) {
-      expert = few.Expert(index);
-      count = few.Take(index);
+      expert = tiles.Expert(index);
+      count = tiles.Take(index);
       next_pair_ = lane_ / 4 < count ? m_.tiles[warp_].pair[lane_ / 4] : -1;
       __syncwarp();  // the next Take writes pairs
     } else {
